@@ -1,0 +1,100 @@
+"""Where arrays live and how the CPU's cores are used: the only file that imports CuPy.
+
+Everything above asks `array_module(x)` and never the device. Blocks of work are cut by shape, never by thread count,
+so 1, 2 and 4 threads give the same bits. Next: rng.py, then qtensor.py.
+"""
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+try:
+    import cupy
+except ImportError:
+    cupy = None
+
+Array: TypeAlias = Any                                    # numpy.ndarray or cupy.ndarray
+
+_blas = ThreadpoolController()
+_pool: ThreadPoolExecutor | None = None
+_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def array_module(x: Array):
+    """numpy or cupy, whichever x belongs to."""
+    return cupy if cupy is not None and isinstance(x, cupy.ndarray) else np
+
+
+def device_module(device: str):
+    """numpy for "cpu", cupy for "cuda"; "auto" takes a GPU if one answers.  ValueError, RuntimeError."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {device!r}: expected auto, cpu or cuda.")
+    if device == "cpu":
+        return np
+    why = "CuPy is not installed: pip install -r requirements-gpu.txt"
+    if cupy is not None:
+        try:
+            cupy.cuda.runtime.getDeviceCount()
+            return cupy
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            why = f"CuPy finds no usable GPU: {error}"
+    if device == "auto":
+        return np
+    raise RuntimeError(f"device cuda: {why}. Or use the device cpu.")
+
+
+def to_cpu(x: Array) -> np.ndarray:
+    """x as a NumPy array; copies from a GPU.  # sync"""
+    return x if isinstance(x, np.ndarray | np.generic) else x.get()
+
+
+def set_threads(count: int) -> None:
+    """Worker threads for the CPU's blocks; changes speed and never a number.  ValueError below 1."""
+    global _pool, _threads
+    if count < 1:
+        raise ValueError(f"{count} threads: at least 1 is needed.")
+    if _pool is not None:
+        _pool.shutdown()
+    _pool, _threads = None, count
+
+
+def threads() -> int:
+    """Worker threads now in use."""
+    return _threads
+
+
+def map_blocks(function: Callable, count: int, size: int) -> list:
+    """[function(slice) for each block of `size` of range(count)], on all threads, results in order.
+
+    BLAS runs on one thread in each worker: its own threads would fight the pool's and change the order of float sums.
+    """
+    global _pool
+    blocks = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
+    with _blas.limit(limits=1, user_api="blas"):
+        if _threads == 1 or len(blocks) == 1:
+            return [function(block) for block in blocks]
+        if _pool is None:
+            _pool = ThreadPoolExecutor(_threads, thread_name_prefix="minifqt")
+        return list(_pool.map(function, blocks))
+
+
+def segment_sum(x: Array, starts: Array) -> Array:
+    """Sums of runs of rows: out[i] = Σ x[starts[i]:starts[i + 1]], rows in order.  x (N, D) float64, starts (N,) ascending.
+
+    Unused trailing entries of starts are N and give rows of zeros, so that no shape depends on data.
+    """
+    xp = array_module(x)
+    stops = xp.append(starts[1:], len(x))
+    if xp is np:
+        used = int(np.searchsorted(starts, len(x)))
+        sums = np.zeros_like(x)
+        np.add.reduceat(x, starts[:used], axis=0, out=sums[:used])
+        return sums
+    kernel = cupy.ElementwiseKernel(
+        "raw T x, raw int64 start, raw int64 stop, int64 width", "T total",
+        "total = 0; for (long long r = start[i / width]; r < stop[i / width]; ++r) total += x[r * width + i % width];",
+        "minifqt_segment_sum")
+    return kernel(xp.ascontiguousarray(x), starts, stops, x.shape[1], xp.empty_like(x))

@@ -1,0 +1,36 @@
+"""The three products of a convolution: laws checked here, arithmetic in blas.py (plain: reference.conv_*).
+
+Weights do not vary along their taps, images not along their pixels: a patch gathers pixels, so every axis but the one that
+survives in the result is contracted.
+"""
+from minifqt.kernels import blas
+from minifqt.kernels.gemm import alike
+from minifqt.qtensor import QTensor, require_factorable, require_unmixed
+
+
+def fprop(x: QTensor, w: QTensor, stride: int, padding: int):
+    """x (N, H, W, C), w (K, R, S, C) → (N, P, Q, K), contracts R, S, C."""
+    require_unmixed("fprop", x)
+    require_unmixed("fprop", w)
+    require_factorable("fprop", x, (1, 2, 3))
+    require_factorable("fprop", w, (1, 2, 3))
+    return blas.conv_fprop(*alike(x, w), stride, padding)
+
+
+def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int):
+    """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q."""
+    require_unmixed("wgrad", g)
+    require_unmixed("wgrad", x)
+    require_factorable("wgrad", g, (0, 1, 2))
+    require_factorable("wgrad", x, (0, 1, 2))
+    return blas.conv_wgrad(*alike(g, x), kernel, stride, padding)
+
+
+def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int):
+    """g (N, P, Q, K), w (K, R, S, C) → (N, H, W, C) with (H, W) = size, contracts R, S, K; then rows unmixed."""
+    require_unmixed("dgrad", w)
+    require_factorable("dgrad", g, (1, 2, 3))
+    require_factorable("dgrad", w, (0, 1, 2))
+    g, w = alike(g, w)
+    dx = blas.conv_dgrad(g, w, size, stride, padding)
+    return dx if g.mix is None else g.mix.undo(dx)

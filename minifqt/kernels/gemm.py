@@ -1,0 +1,40 @@
+"""The three products of a linear layer: laws checked here, arithmetic in blas.py (plain: reference.matmul)."""
+from minifqt.kernels import blas
+from minifqt.qtensor import QTensor, as_floats, common_dtype, require_factorable, require_unmixed
+
+
+def fprop(x: QTensor, w: QTensor):
+    """x wᵀ.  x (N, I), w (O, I) → (N, O), contracts I."""
+    require_unmixed("fprop", x)
+    require_unmixed("fprop", w)
+    require_factorable("fprop", x, (1,))
+    require_factorable("fprop", w, (1,))
+    return blas.matmul(*alike(x, w))
+
+
+def wgrad(g: QTensor, x: QTensor):
+    """gᵀ x.  g (N, O), x (N, I) → (O, I), contracts N."""
+    require_unmixed("wgrad", g)
+    require_unmixed("wgrad", x)
+    require_factorable("wgrad", g, (0,))
+    require_factorable("wgrad", x, (0,))
+    g, x = alike(g, x)
+    return blas.matmul(g.transposed(), x.transposed())
+
+
+def dgrad(g: QTensor, w: QTensor):
+    """g w, then rows unmixed.  g (N, O), w (O, I) → (N, I), contracts O."""
+    require_unmixed("dgrad", w)
+    require_factorable("dgrad", g, (1,))
+    require_factorable("dgrad", w, (0,))
+    g, w = alike(g, w)
+    dx = blas.matmul(g, w.transposed())
+    return dx if g.mix is None else g.mix.undo(dx)
+
+
+def alike(a: QTensor, b: QTensor):
+    """Both as they are if both are integers; beside an Identity operand both as floats."""
+    if a.is_integer and b.is_integer:
+        return a, b
+    dtype = common_dtype(a, b)
+    return as_floats(a, dtype), as_floats(b, dtype)

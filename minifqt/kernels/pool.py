@@ -1,0 +1,44 @@
+"""Max pooling by comparing taps in order (the first maximum wins a tie), and the mean over an image."""
+import numpy as np
+
+from minifqt.backend import Array, array_module
+from minifqt.kernels.reference import output_size, taps
+
+
+def max_forward(x: Array, kernel: int, stride: int, padding: int) -> tuple[Array, Array]:
+    """Maximum of each window and the tap that held it.  (N, H, W, C) → (N, P, Q, C) twice, the second int16.
+
+    Padding is −∞: it never wins.
+    """
+    xp = array_module(x)
+    P, Q = output_size(x.shape[1:3], (kernel, kernel), stride, padding)
+    padded = xp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-np.inf)
+    best, winner = taps(padded, 0, 0, P, Q, stride).copy(), None
+    winner = xp.zeros(best.shape, "int16")
+    for tap, (r, s) in enumerate(np.ndindex(kernel, kernel)):
+        candidate = taps(padded, r, s, P, Q, stride)
+        better = candidate > best
+        best = xp.where(better, candidate, best)
+        winner = xp.where(better, xp.int16(tap), winner)
+    return best, winner
+
+
+def max_backward(dy: Array, winner: Array, size: tuple, kernel: int, stride: int, padding: int) -> Array:
+    """dy goes to the pixel that won, summed where windows overlap.  (N, P, Q, C) → (N, *size, C)."""
+    xp, (N, P, Q, C) = array_module(dy), dy.shape
+    dx = xp.zeros((N, size[0] + 2 * padding, size[1] + 2 * padding, C), dy.dtype)
+    for tap, (r, s) in enumerate(np.ndindex(kernel, kernel)):
+        taps(dx, r, s, P, Q, stride)[...] += dy * (winner == tap)
+    return dx[:, padding:padding + size[0], padding:padding + size[1]]
+
+
+def mean_forward(x: Array) -> Array:
+    """Mean over pixels, summed in float64.  (N, H, W, C) → (N, C)."""
+    return x.mean(axis=(1, 2), dtype="float64").astype(x.dtype)
+
+
+def mean_backward(dy: Array, size: tuple) -> Array:
+    """(N, C) → (N, H, W, C): each pixel gets dy / (H · W)."""
+    xp, (N, C) = array_module(dy), dy.shape
+    share = (dy / (size[0] * size[1])).astype(dy.dtype)
+    return xp.ascontiguousarray(xp.broadcast_to(share[:, None, None], (N, *size, C)))
