@@ -42,13 +42,14 @@ def philox(key, step: int, first: int, count: int, xp=np) -> Array:
 class Streams:
     """All noise of one run: `Streams(seed).stream(name)`; `step` is set once by the training step.
 
-    seed  any integer ≥ 0
+    seed    any integer ≥ 0
+    device  numpy or cupy: where the network of these streams lives
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, device=np):
         if seed < 0:
             raise ValueError(f"seed {seed}: expected an integer ≥ 0.")
-        self.seed, self.step = seed, 0
+        self.seed, self.step, self.device = seed, 0, device
         self.warned = False                               # the fallback to batch ranges is announced once
         self._pending = {}                                # name → "was not finite", kept on the device
 
@@ -60,7 +61,7 @@ class Streams:
         """Raise ValueError naming the tensor unless finite; on a GPU remembered until `raise_pending`, with no sync."""
         if array_module(finite) is np:
             if not finite:
-                raise NonFinite(name)
+                raise NonFiniteError(name)
         else:
             self._pending[name] = self._pending.get(name, False) | ~finite
 
@@ -69,10 +70,10 @@ class Streams:
         pending, self._pending = self._pending, {}
         for name, bad in pending.items():
             if to_cpu(bad):
-                raise NonFinite(name)
+                raise NonFiniteError(name)
 
 
-class NonFinite(ValueError):
+class NonFiniteError(ValueError):
     """NaN or infinity entered a quantizer; `name` is the tensor's."""
 
     def __init__(self, name: str):

@@ -166,16 +166,19 @@ def integer_zero(low, high, bins):
     return xp.where(scale == 0, 1, scale), zero
 
 
-def anchored_codes(x, h, scale, zero, lowest, highest):
-    """Codes lowest..highest around an integer zero code: 0 stays exact, no code wraps.  int32."""
-    return anchored_fixed(x, scale, zero, lowest, highest) + h >> 16
+def anchored_fixed(x, shift, inv, code, lowest, highest):
+    """x − shift in 1/65536 of a step, from the integer `code` on; limited to the codes before the noise is added.  int32.
 
-
-def anchored_fixed(x, scale, zero, lowest, highest):
-    """x in 1/65536 of a step, 0 at the code `zero`, limited to the codes before the noise is added.  int32."""
+    With shift 0 and an integer zero code the number 0 is exact, and no code wraps.
+    """
     xp = array_module(x)
-    fixed = xp.rint(x * (UNIT / scale)) + UNIT * zero
+    fixed = xp.rint((x - shift) * inv) + UNIT * code
     return xp.clip(fixed, UNIT * lowest, UNIT * highest).astype("int32")
+
+
+def anchored_codes(fixed, h):
+    """The one rounding again: fixed + noise, cut to whole steps.  int32."""
+    return fixed + h >> 16
 
 
 # ---- block Householder -----------------------------------------------------------------------------------------------

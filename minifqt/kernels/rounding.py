@@ -43,15 +43,15 @@ def affine_codes(x: Array, low: Array, inv: Array, h: Array, bins: int) -> Array
     return _in_blocks(rounded, x, h, np.uint8, low, inv)
 
 
-def anchored_codes(x: Array, h: Array, scale: Array, zero: Array, lowest: int, highest: int, dtype) -> Array:
-    """reference.anchored_codes as dtype.  x, h (N, D); scale, zero (N, 1)."""
+def anchored_codes(x: Array, h: Array, shift: Array, inv: Array, code: Array, limits: tuple, dtype) -> Array:
+    """reference.anchored_codes as dtype.  x, h (N, D); shift, inv, code (N, 1); limits (lowest, highest)."""
     if array_module(x) is not np:
-        return reference.anchored_codes(x, h, scale, zero, lowest, highest).astype(dtype)
+        return reference.anchored_codes(reference.anchored_fixed(x, shift, inv, code, *limits), h).astype(dtype)
 
-    def rounded(x, scale, zero, h, out):
-        out[...] = reference.anchored_codes(x, h, scale, zero, lowest, highest)
+    def rounded(x, shift, inv, code, h, out):
+        out[...] = reference.anchored_codes(reference.anchored_fixed(x, shift, inv, code, *limits), h)
 
-    return _in_blocks(rounded, x, h, dtype, scale, zero)
+    return _in_blocks(rounded, x, h, dtype, shift, inv, code)
 
 
 def _in_blocks(rounded, x, h, dtype, *per_row):

@@ -1,0 +1,61 @@
+"""Checkpoints: safetensors files with a digest, written atomically. No pickle."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+
+
+def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+    """Write arrays and meta (anything JSON holds); whoever reads path meanwhile, or after a crash, sees the old or the new."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    header = {"meta": json.dumps(meta), "sha256": digest(arrays)}
+    write_atomically(Path(path), to_bytes(arrays, metadata=header))
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """(arrays, meta).  FileNotFoundError; ValueError where the file is truncated, altered or no checkpoint."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no checkpoint. --resume takes the folder of a run, as in runs/NAME.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no checkpoint ({error}). Resume from another one of the same run: copy "
+                         "best.safetensors over it, or start again.") from None
+    if "meta" not in header or header.get("sha256") != digest(arrays):
+        raise ValueError(f"{path} is altered: its contents do not match its digest. Resume from another checkpoint of the "
+                         "same run: copy best.safetensors over it, or start again.")
+    return arrays, json.loads(header["meta"])
+
+
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write under a temporary name, fsync, rename: a crash at any moment leaves the old file whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

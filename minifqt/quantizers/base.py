@@ -1,0 +1,203 @@
+"""What a quantizer is: `q(x, stream)` → QTensor, with its exact variance and its bound; Identity; the registry; Bound.
+
+It knows no layer and no recipe. Read psq.py next, the shortest real one.
+"""
+import logging
+import re
+from dataclasses import replace
+
+import numpy as np
+
+from minifqt.backend import Array, array_module
+from minifqt.qtensor import QTensor
+from minifqt.rng import Stream, Streams, nearest
+
+_REGISTRY: dict[str, type["Quantizer"]] = {}
+
+
+def register(name: str):
+    """Class decorator: the quantizer is usable at once, as NAME followed by its bits.  ValueError for a bad or taken name."""
+    if not re.fullmatch(r"[a-z]([a-z0-9_]*[a-z_])?", name):
+        raise ValueError(f"quantizer name {name!r}: use lower-case letters, digits and _, the last no digit (bits follow it).")
+    if name in _REGISTRY:
+        raise ValueError(f"a quantizer named {name!r} is registered already, {_REGISTRY[name].__name__}: choose another name.")
+
+    def add(kind):
+        kind.name, _REGISTRY[name] = name, kind
+        return kind
+
+    return add
+
+
+def names() -> list[str]:
+    """All registered names, in the order of registration."""
+    return list(_REGISTRY)
+
+
+def create(name: str, bits: int | None = None) -> "Quantizer":
+    """create("bhq", bits=4), create("identity").  ValueError for an unknown name or bits outside 2..8."""
+    if name not in _REGISTRY:
+        raise ValueError(f"no quantizer is named {name!r}; there are {', '.join(names())}.")
+    return _REGISTRY[name](bits)
+
+
+def parse(spec: str) -> tuple["Quantizer", str | None]:
+    """"bhq4" → (BHQ(4), None); "ptq8:nearest" → (PTQ(8), "nearest").  ValueError says what is wrong with the spec."""
+    match = re.fullmatch(r"([a-z][a-z0-9_]*?)(\d*)(?::(nearest|stochastic))?", spec) if isinstance(spec, str) else None
+    if match is None:
+        raise ValueError(f"quantizer {spec!r}: expected a name and its bits, perhaps a rounding: bhq5, ptq8:nearest, identity.")
+    name, bits, rounding = match.groups()
+    return create(name, int(bits) if bits else None), rounding
+
+
+class Quantizer:
+    """Base of all quantizers: rows are samples, an (N, …) array is an (N, D) matrix.
+
+    A subclass defines `__call__`. It draws one 16-bit number of `stream.bits(x.shape, xp)` an element and adds it in fixed
+    point (65536 to a code step); then `variance` and `bound` below are exact for it as they stand.
+    bits  2..8.  ValueError otherwise.
+    """
+
+    name = ""
+    unbiased = True                                       # E[q(x).dequantize()] = x under stochastic rounding
+
+    def __init__(self, bits: int | None):
+        if bits is None or not 2 <= bits <= 8:
+            raise ValueError(f"{self.name} with bits {bits}: expected 2 to 8 bits, as in {self.name}8.")
+        self.bits = bits
+
+    @property
+    def bins(self) -> int:
+        """Steps from the lowest to the highest code, 2**bits − 1."""
+        return 2**self.bits - 1
+
+    def __call__(self, x: Array, stream: Stream) -> QTensor:
+        """Codes of x (N, …) with this stream's noise.  ValueError where x is empty or not finite."""
+        raise TypeError(f"{type(self).__name__} defines no __call__(x, stream).")
+
+    def variance(self, x: Array) -> Array:
+        """Exact Var of dequantize() for each element, float64, shape of x.
+
+        The rounding is a step in the noise; where it steps is found by bisection, with 17 quantizations. Families whose
+        closed form is cheaper override this.
+        """
+        xp = array_module(x)
+        lowest = self(x, _Given(xp.zeros(x.shape, "uint16")))
+        below, above = xp.zeros(x.shape, "int32"), xp.full(x.shape, 65536, "int32")   # code steps up at noise `above`, if at all
+        for _ in range(17):
+            middle = (below + above) // 2
+            stepped = self(x, _Given(xp.minimum(middle, 65535).astype("uint16"))).codes > lowest.codes
+            stepped &= middle < 65536
+            below, above = xp.where(stepped, below, middle), xp.where(stepped, middle, above)
+        up = (65536 - above) / 65536                      # probability of the higher code
+        v = lowest.scale.astype("float64") ** 2 * up * (1 - up)
+        return v if lowest.mix is None else lowest.mix.undo_squared(v)
+
+    def bound(self, x: Array) -> float:
+        """Largest total variance that a tensor of these scales can have: Σ (T⁻¹)² · scale² / 4.  # sync
+
+        N·D·R²/4B² for PTQ, D/4B² · Σ R_i² for PSQ, D/4 · Σ scale_r² ‖T⁻¹e_r‖² for mixed rows: arXiv 2010.14298, the theorems.
+        """
+        xp = array_module(x)
+        t = self(x, _Given(xp.zeros(x.shape, "uint16")))
+        v = xp.broadcast_to(t.scale.astype("float64") ** 2 / 4, t.shape)
+        return float((v if t.mix is None else t.mix.undo_squared(v)).sum())
+
+    def __str__(self):
+        return f"{self.name}{self.bits}"
+
+
+class _Given(Stream):
+    """A stream of given noise, for looking at a quantizer's rounding."""
+
+    def __init__(self, noise):
+        super().__init__(Streams(0), "variance")
+        self._noise = noise
+
+    def bits(self, shape, xp=np, offset=0):  # noqa: ARG002 - the noise is given
+        return self._noise
+
+
+@register("identity")
+class Identity(Quantizer):
+    """Full precision: codes are x in its own float dtype, scale 1, zero 0."""
+
+    def __init__(self, bits: int | None = None):
+        if bits is not None:
+            raise ValueError(f"identity{bits}: full precision has no bits; write identity.")
+
+    def __call__(self, x: Array, stream: Stream) -> QTensor:
+        xp = array_module(x)
+        finite = xp.isfinite(x.sum())                     # one pass; a sum can overflow, so a bad one is looked at again
+        if xp is np and not finite:
+            finite = xp.isfinite(x).all()
+        stream.require_finite(finite)
+        shape = (1,) * x.ndim
+        return QTensor(x, xp.ones(shape, x.dtype), xp.zeros(shape, x.dtype))
+
+    def variance(self, x: Array) -> Array:
+        """0 everywhere."""
+        return array_module(x).zeros(x.shape, "float64")
+
+    def bound(self, x: Array) -> float:  # noqa: ARG002 - the same for all x
+        """0."""
+        return 0.0
+
+    def __str__(self):
+        return "identity"
+
+
+class Bound:
+    """A quantizer in its place in a layer: quantizer + stream + name. `layer.q.grad_x(dy)` is one of these.
+
+    spec      as in a recipe: "bhq5", "ptq8:nearest", "identity"
+    rounding  of this place, unless the spec names one
+    """
+
+    def __init__(self, spec: str, rounding: str, streams: Streams, name: str):
+        self.quantizer, named = parse(spec)
+        self.spec, self.name, self.streams = spec, name, streams
+        self.rounding = named or rounding
+        self.stream = nearest(streams, name) if self.rounding == "nearest" else streams.stream(name)
+
+    def __call__(self, x: Array) -> QTensor:
+        return replace(self.quantizer(x, self.stream), name=self.name)
+
+    def __str__(self):
+        return self.spec
+
+
+class BoundActivation(Bound):
+    """The quantizer of a layer's input, with a running range for evaluation (momentum 0.1, as in batch norm).
+
+    range  (2,) float32, lowest and highest; NaN until the first training forward
+    """
+
+    def __init__(self, spec, rounding, streams, name, eval_range, xp=np):
+        super().__init__(spec, rounding, streams, name)
+        self.has_range = hasattr(self.quantizer, "static")
+        self.range = xp.full(2, np.nan, "float32")
+        self.training, self.eval_range, self.calibrated = True, eval_range, False
+
+    def __call__(self, x: Array) -> QTensor:
+        if not self.has_range or (not self.training and self.eval_range == "batch"):
+            return super().__call__(x)
+        if self.training:
+            xp = array_module(x)
+            t, low, high = self.quantizer.with_range(x, self.stream)
+            batch = xp.concatenate([low.reshape(1), high.reshape(1)])
+            self.range = self.range + xp.float32(0.1) * (batch - self.range) if self.calibrated else batch
+            self.calibrated = True
+            return replace(t, name=self.name)
+        if not self.calibrated:
+            if not self.streams.warned:
+                logging.getLogger("minifqt").warning(
+                    "%s has no running range yet: evaluation uses the batch's. Train, or load a checkpoint, first.", self.name)
+            self.streams.warned = True
+            return super().__call__(x)
+        low, high = self.range[:1], self.range[1:]
+        return replace(self.quantizer.static(x, self.stream, low, high), name=self.name)
+
+    def load_range(self, values: Array) -> None:
+        """Take over a saved range; NaN means that there was none.  # sync"""
+        self.range, self.calibrated = values, bool(array_module(values).isfinite(values).all())

@@ -1,0 +1,122 @@
+"""Per-tensor quantizers: real zero (ptq, the paper's formula), integer zero (ptqz), symmetric (sym, for weights)."""
+from minifqt.backend import Array, array_module
+from minifqt.kernels import reference, rounding
+from minifqt.kernels.reference import UNIT
+from minifqt.qtensor import QTensor
+from minifqt.quantizers.affine import SMALLEST, as_rows, finite_ranges, grid, rescaled
+from minifqt.quantizers.base import Quantizer, register
+from minifqt.rng import Stream
+
+
+class PerTensor(Quantizer):
+    """One scale and one zero for all of x; also knows how to use a range given from outside, as evaluation does."""
+
+    def __call__(self, x: Array, stream: Stream) -> QTensor:
+        return self.with_range(x, stream)[0]
+
+    def with_range(self, x: Array, stream: Stream) -> tuple[QTensor, Array, Array]:
+        """The codes, and the minimum and maximum that they cover, (1, 1) each."""
+        row = as_rows(x, 1)
+        low, high = finite_ranges(row, stream)
+        return self._round(x, row, low, high, stream), low, high
+
+    def static(self, x: Array, stream: Stream, low: Array, high: Array) -> QTensor:
+        """Codes over the given range (1,), (1,); x is clipped to it first."""
+        row = as_rows(x, 1)
+        finite_ranges(row, stream)
+        low, high = low.reshape(1, 1), high.reshape(1, 1)
+        return self._round(x, array_module(x).clip(row, low, high), low, high, stream)
+
+    def _round(self, x, row, low, high, stream):
+        raise TypeError(f"{type(self).__name__} defines no _round.")
+
+
+@register("ptq")
+class PTQ(PerTensor):
+    """scale = R / B, zero = −min / scale, a real number.
+
+    Var = scale² Σ p(1 − p) ≤ N·D·R²/4B².
+    Source: arXiv 2010.14298, the per-tensor quantizer. Plain form: kernels/reference.psq of one row. May enter every product.
+    """
+
+    def _round(self, x, row, low, high, stream):
+        g = grid(row, low, high, self.bins)
+        codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
+        single = (1,) * x.ndim
+        return QTensor(codes.reshape(x.shape), g.scale.reshape(single), g.zero.reshape(single))
+
+    def variance(self, x: Array) -> Array:
+        """scale² · p(1 − p).  float64, shape of x."""
+        row = as_rows(x, 1)
+        return grid(row, *finite_ranges(row), self.bins).variance(self.bins).reshape(x.shape)
+
+
+class Anchored(PerTensor):
+    """Zero is an integer code, so 0 is exact and has no variance. Subclasses say where it is, in `_anchor`."""
+
+    dtype = "uint8"
+
+    def _round(self, x, row, low, high, stream):
+        row, shift, inv, code, scale, zero = self._prepared(row, low, high)
+        h = stream.bits(x.shape, array_module(x)).reshape(row.shape)
+        codes = rounding.anchored_codes(row, h, shift, inv, code, self._limits(), self.dtype)
+        single = (1,) * x.ndim
+        return QTensor(codes.reshape(x.shape), scale.reshape(single), zero.reshape(single))
+
+    def variance(self, x: Array) -> Array:
+        """scale² · p(1 − p), 0 for every 0.  float64, shape of x."""
+        row = as_rows(x, 1)
+        row, shift, inv, code, scale, _ = self._prepared(row, *finite_ranges(row))
+        p = (reference.anchored_fixed(row, shift, inv, code, *self._limits()) & (UNIT - 1)) / UNIT
+        return (scale.astype("float64") ** 2 * p * (1 - p)).reshape(x.shape)
+
+    def _prepared(self, row, low, high):
+        xp = array_module(row)
+        row, low, high, e = rescaled(row, low, high)
+        shift, scale, inv, code = self._anchor(low, high)
+        stored = xp.maximum(xp.ldexp(scale, e), SMALLEST)
+        return row, shift, inv, code, stored, code - shift / xp.ldexp(stored, -e)
+
+    def _limits(self):
+        return 0, self.bins
+
+    def _anchor(self, low, high):
+        raise TypeError(f"{type(self).__name__} defines no _anchor.")
+
+
+@register("ptqz")
+class IntegerZeroPTQ(Anchored):
+    """Per tensor with the clip-free integer zero: the finest grid of 0..B that has 0 as a code and covers the range.
+
+    What the authors' code intends; theirs divides by a vanishing zero code. Where the range does not contain 0, extending it
+    would only coarsen it: then the real zero of PTQ is used. Source: kernels/reference.integer_zero. May enter every product.
+    """
+
+    def _anchor(self, low, high):
+        xp = array_module(low)
+        inside = (low <= 0) & (high >= 0)
+        scale, code = reference.integer_zero(xp.minimum(low, 0), xp.maximum(high, 0), self.bins)
+        real_scale, real_inv = reference.grid(low, high, self.bins)
+        return (xp.where(inside, 0, low), xp.where(inside, scale, real_scale), xp.where(inside, UNIT / scale, real_inv),
+                xp.where(inside, code, 0))
+
+
+@register("sym")
+class Symmetric(Anchored):
+    """int8 codes −(2^(b−1) − 1) .. 2^(b−1) − 1, zero 0, scale = max|x| / (2^(b−1) − 1): the weights' quantizer.
+
+    No code −2^(b−1): one more on one side would bias. May enter every product.
+    Source: symmetric weight quantization, e.g. arXiv 1712.05877; the paper quantizes weights per tensor too.
+    """
+
+    dtype = "int8"
+
+    def _limits(self):
+        top = 2 ** (self.bits - 1) - 1
+        return -top, top
+
+    def _anchor(self, low, high):
+        xp = array_module(low)
+        largest = xp.maximum(-low, high)
+        scale = xp.where(largest == 0, 1, largest / self._limits()[1])
+        return xp.zeros_like(low), scale, UNIT / scale, xp.zeros_like(low)

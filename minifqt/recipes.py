@@ -1,0 +1,57 @@
+"""Which quantizer stands in which of a layer's four places. Presets are the one dict below."""
+from dataclasses import dataclass
+from dataclasses import replace as _replace
+
+from minifqt import quantizers
+
+PRESETS = {
+    "fp32": {"act": "identity", "weight": "identity", "grad_w": "identity", "grad_x": "identity"},
+    "qat8": {"act": "ptq8", "weight": "sym8", "grad_w": "identity", "grad_x": "identity"},
+}                                                         # NAMEb: qat8 with grad_w ptq8 and grad_x NAMEb
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The quantizers of every layer: act and weight round to nearest, gradients stochastically.
+
+    act, weight     the operands of the forward product; a suffix :nearest or :stochastic overrides
+    grad_w, grad_x  the two quantized copies of dy: for the weight's gradient, for the input's
+    eval_range      "running" or "batch": the activations' range in evaluation
+    Raises ValueError for a spec that names no quantizer.
+    """
+
+    act: str = "ptq8"
+    weight: str = "sym8"
+    grad_w: str = "ptq8"
+    grad_x: str = "bhq5"
+    eval_range: str = "running"
+
+    def __post_init__(self):
+        for place in ("act", "weight", "grad_w", "grad_x"):
+            try:
+                quantizers.parse(getattr(self, place))
+            except ValueError as error:
+                raise ValueError(f"recipe, {place}: {error}") from None
+        if self.eval_range not in ("running", "batch"):
+            raise ValueError(f"recipe, eval_range {self.eval_range!r}: expected running or batch.")
+
+    def replace(self, **changes) -> "Recipe":
+        """A copy with some fields changed."""
+        return _replace(self, **changes)
+
+
+def recipe(name: "str | Recipe") -> Recipe:
+    """fp32, qat8, or NAMEb for any registered gradient quantizer: recipe("bhq5").  ValueError lists them."""
+    if isinstance(name, Recipe):
+        return name
+    if name in PRESETS:
+        return Recipe(**PRESETS[name])
+    try:
+        quantizer, _ = quantizers.parse(name)
+    except ValueError as error:
+        raise ValueError(f"recipe {name!r}: expected {', '.join(PRESETS)}, or a gradient quantizer and its "
+                         f"bits as in bhq5, psq4, ptq8. {error}") from None
+    if isinstance(quantizer, quantizers.Identity):
+        raise ValueError("recipe 'identity': full precision is the recipe fp32; qat8 quantizes the "
+                         "forward pass alone.")
+    return Recipe(grad_x=name)

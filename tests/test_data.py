@@ -1,0 +1,540 @@
+"""The data sets: what `data.load` promises, and that damaged, missing or foreign files are refused.
+
+CIFAR is tested on small files of the exact format; the tests on the real files need the environment
+variable MINIFQT_DATA, a folder that holds cifar-10-batches-bin.
+"""
+import hashlib
+import http.server
+import io
+import os
+import tarfile
+import threading
+import urllib.request
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from data import Dataset, cifar, digits
+from data.download import ATTEMPTS, fetch
+
+# ---------------------------------------------------------------------------------------- Dataset
+
+
+def small(**changes):
+    parts = dict(images=np.zeros((2, 4, 4, 3), np.uint8), labels=np.array([0, 1]), classes=2,
+                 names=("a", "b"), mean=np.zeros(3, np.float32), std=np.ones(3, np.float32))
+    return Dataset(**{**parts, **changes})
+
+
+def test_a_dataset_is_frozen_and_as_long_as_its_labels():
+    dataset = small()
+    assert len(dataset) == 2
+    with pytest.raises(AttributeError, match="cannot assign to field 'labels'"):
+        dataset.labels = np.array([0, 0])
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(images=np.zeros((2, 4, 4, 3), np.float32)), r"float32: expected \(N, H, W, C\) uint8"),
+    (dict(images=np.zeros((2, 4, 4), np.uint8)), r"images \(2, 4, 4\)"),
+    (dict(labels=np.array([0, 1, 1])), "one for each of 2 images"),
+    (dict(labels=np.array([0, 1], np.uint8)), "uint8: expected int64"),
+    (dict(images=np.zeros((0, 4, 4, 3), np.uint8), labels=np.array([], np.int64)), "at least one"),
+    (dict(labels=np.array([0, 2])), r"labels 0\.\.2: expected 0\.\.1"),
+    (dict(labels=np.array([-1, 1])), r"labels -1\.\.1: expected 0\.\.1"),
+    (dict(names=("a",)), "1 names: expected one for each of the 2 classes"),
+    (dict(mean=np.zeros(3)), r"mean \(3,\) float64: expected \(3,\) float32"),
+    (dict(std=np.ones(1, np.float32)), r"std \(1,\) float32: expected \(3,\) float32"),
+    (dict(std=np.float32([1, 0, 1])), "expected > 0"),
+])
+def test_a_dataset_whose_parts_disagree_raises(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_an_unknown_name_raises_and_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'mnist': expected one of digits, cifar10, cifar100"):
+        data.load("mnist")
+
+
+def test_channel_statistics_are_those_of_the_pixels_in_float64():
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+    images[..., 1] //= 3
+    mean, std = data.channel_statistics(images)
+    pixels = images.reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=2e-7)      # one rounding to float32
+    np.testing.assert_allclose(std, pixels.std(axis=0), rtol=2e-7)
+    assert mean.dtype == std.dtype == np.float32
+
+
+# ----------------------------------------------------------------------------------------- digits
+
+
+def test_the_digits_are_1437_and_360_images_with_the_training_sets_statistics():
+    train, test = data.load("digits")
+    assert (train.images.shape, test.images.shape) == ((1437, 8, 8, 1), (360, 8, 8, 1))
+    assert train.classes == 10
+    assert train.names == tuple("0123456789")
+    pixels = train.images / 255
+    np.testing.assert_allclose(train.mean, [pixels.mean()], rtol=2e-7)    # one rounding to float32
+    np.testing.assert_allclose(train.std, [pixels.std()], rtol=2e-7)
+    assert test.mean == train.mean
+    assert test.std == train.std
+
+
+def test_the_digits_split_is_stratified_and_loses_no_image():
+    train, test = data.load("digits")
+    with np.load(digits.PATH, allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"]
+    counts = np.bincount(labels)
+    share = counts * 360 / 1797
+    assert (abs(np.bincount(test.labels) - share) < 1).all()
+    assert (np.bincount(test.labels) + np.bincount(train.labels) == counts).all()
+    stored = sorted(image.tobytes() for image in images)
+    both = np.rint(np.concatenate([train.images, test.images]) * (16 / 255)).astype(np.uint8)
+    assert sorted(image.tobytes() for image in both) == stored
+
+
+def test_the_digits_pixels_are_the_counts_0_to_16_spread_over_0_to_255():
+    train, _ = data.load("digits")
+    assert np.unique(train.images).tolist() == [int(count * 255 / 16 + 0.5) for count in range(17)]
+
+
+def test_the_digits_labels_belong_to_the_images():
+    train, test = data.load("digits")
+    x, y = train.images.reshape(1437, -1).astype(float), test.images.reshape(360, -1).astype(float)
+    distance = (y * y).sum(1)[:, None] - 2 * y @ x.T + (x * x).sum(1)     # (360, 1437), squared
+    assert (train.labels[distance.argmin(axis=1)] == test.labels).mean() > 0.95
+
+
+@pytest.mark.parametrize(("count", "total"), [(360, 1797), (1, 7), (3, 10), (10, 10)])
+def test_the_split_rule_takes_exactly_as_many_as_asked(count, total):
+    labels = np.random.default_rng(0).integers(0, 3, total)
+    test = digits.in_test(labels, count)
+    assert test.sum() == count
+    share = np.bincount(labels, minlength=3) * count / total
+    assert (abs(np.bincount(labels[test], minlength=3) - share) <= 1).all()
+
+
+def test_a_digits_file_with_one_other_pixel_raises(tmp_path):
+    with np.load(digits.PATH, allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"]
+    images[100, 3, 3] ^= 1
+    np.savez(tmp_path / "digits.npz", images=images, labels=labels)
+    with pytest.raises(ValueError, match="sha256 of images is .*Restore it from the repository"):
+        digits.read(tmp_path / "digits.npz")
+
+
+def _truncated(content):
+    return content[:20_000]
+
+
+def _altered(content):
+    return content[:9_000] + bytes([content[9_000] ^ 255]) + content[9_001:]
+
+
+def _emptied(_):
+    return b""
+
+
+@pytest.mark.parametrize("damage", [_truncated, _altered, _emptied])
+def test_a_damaged_digits_file_raises_and_names_it(tmp_path, damage):
+    path = tmp_path / "digits.npz"
+    path.write_bytes(damage(digits.PATH.read_bytes()))
+    with pytest.raises(ValueError, match=r"digits\.npz: damaged .*Restore it from the repository"):
+        digits.read(path)
+
+
+# ------------------------------------------------------------------------------------------ CIFAR
+
+COARSE, FINE = 20, 100
+
+
+def synthetic(name, records=6, limits=(10,)):
+    """(a Source of small files, their content by name, images, labels) in the official format."""
+    rng = np.random.default_rng(0)
+    official = cifar.SOURCES[name]
+    content, images, labels = {}, [], []
+
+    def file(official_file):
+        pixels = rng.integers(0, 256, (records, 32, 32, 3), dtype=np.uint8)
+        marks = [rng.integers(0, limit, records) for limit in limits]
+        raw = b""
+        for i in range(records):                          # the format as its authors describe it
+            raw += bytes(int(mark[i]) for mark in marks)
+            raw += b"".join(pixels[i, :, :, channel].tobytes() for channel in range(3))
+        content[official_file.name] = raw
+        images.append(pixels)
+        labels.append(marks[-1])
+        sha1 = hashlib.sha1(raw).hexdigest() if official_file.sha1 else None
+        return cifar.File(official_file.name, records, sha1)
+
+    train, test = tuple(map(file, official.train)), tuple(map(file, official.test))
+    source = replace(official, train=train, test=test,
+                     md5=hashlib.md5(archive(official.subfolder, content)).hexdigest())
+    return source, content, images, labels
+
+
+def archive(subfolder, content):
+    """The .tar.gz of these files, the same bytes each time, with members that nobody wants."""
+    members = {"../escaped.bin": b"no", f"{subfolder}/readme.html": b"hello",
+               **{f"{subfolder}/{name}": raw for name, raw in content.items()}}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz", format=tarfile.GNU_FORMAT) as tar:
+        link = tarfile.TarInfo(f"{subfolder}/link.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+        for name, raw in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    result = bytearray(packed.getvalue())
+    result[4:8] = bytes(4)                                # gzip's time stamp
+    return bytes(result)
+
+
+def write(folder, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, raw in content.items():
+        (folder / name).write_bytes(raw)
+
+
+@pytest.mark.parametrize(("name", "limits"), [("cifar10", (10,)), ("cifar100", (COARSE, FINE))])
+@pytest.mark.parametrize("place", ["", "subfolder", "archive"])
+def test_cifar_is_read_from_the_folder_its_subfolder_or_the_archive(tmp_path, name, limits, place):
+    source, content, images, labels = synthetic(name, limits=limits)
+    if place == "archive":
+        write(tmp_path, {source.url.split("/")[-1]: archive(source.subfolder, content)})
+    else:
+        write(tmp_path / source.subfolder if place else tmp_path, content)
+    train, test = cifar.read(source, tmp_path)
+    assert (train[0] == np.concatenate(images[:-1])).all()
+    assert (train[1] == np.concatenate(labels[:-1])).all()
+    assert (test[0] == images[-1]).all()
+    assert (test[1] == labels[-1]).all()
+    assert train[0].dtype == np.uint8
+    assert train[1].dtype == np.int64
+
+
+def test_load_gives_cifar100_its_fine_labels_names_and_statistics(tmp_path, monkeypatch):
+    source, content, _, labels = synthetic("cifar100", limits=(COARSE, FINE))
+    monkeypatch.setitem(cifar.SOURCES, "cifar100", source)
+    write(tmp_path, content)
+    train, test = data.load("cifar100", tmp_path)
+    assert (train.labels == labels[0]).all()
+    assert (train.classes, len(set(train.names))) == (100, 100)
+    assert (train.names[0], train.names[53], train.names[99]) == ("apple", "orange", "worm")
+    assert train.mean.tolist() == test.mean.tolist() == np.float32(source.mean).tolist()
+    assert train.std.tolist() == np.float32(source.std).tolist()
+
+
+def test_unpacking_writes_the_expected_members_and_nothing_else(tmp_path):
+    source, content, _, _ = synthetic("cifar100", limits=(COARSE, FINE))
+    write(tmp_path / "inner", {"cifar-100-binary.tar.gz": archive(source.subfolder, content)})
+    cifar.read(source, tmp_path / "inner")
+    assert sorted(path.name for path in tmp_path.rglob("*") if not path.is_dir()) == [
+        "cifar-100-binary.tar.gz", "test.bin", "train.bin"]
+
+
+def test_a_missing_file_alone_is_unpacked_again_and_others_stay_as_they_are(tmp_path):
+    source, content, images, _ = synthetic("cifar10")
+    write(tmp_path, {"cifar-10-binary.tar.gz": archive(source.subfolder, content)})
+    cifar.read(source, tmp_path)
+    folder = tmp_path / source.subfolder
+    before = (folder / "test_batch.bin").stat().st_mtime_ns
+    (folder / "data_batch_3.bin").unlink()
+    train, _ = cifar.read(source, tmp_path)
+    assert (train[0][12:18] == images[2]).all()
+    assert (folder / "test_batch.bin").stat().st_mtime_ns == before
+
+
+def test_missing_data_says_what_was_looked_for_and_the_command_that_gets_it(tmp_path):
+    message = ("cifar-10-batches-bin/data_batch_1.bin is missing, and so is .*cifar-10-binary.tar.gz"
+               f".*`python train.py --dataset cifar10 --data-dir {tmp_path} --download`")
+    with pytest.raises(FileNotFoundError, match=message):
+        data.load("cifar10", tmp_path)
+
+
+def test_no_folder_says_the_command_with_a_place_to_fill_in():
+    with pytest.raises(FileNotFoundError,
+                       match="`python train.py --dataset cifar100 --data-dir DIR --download`"):
+        data.load("cifar100")
+
+
+def test_a_folder_with_a_blank_is_quoted_in_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data-dir '.*my data' --download`"):
+        data.load("cifar10", tmp_path / "my data")
+
+
+def test_a_truncated_cifar_file_raises_with_both_sizes(tmp_path):
+    source, content, _, _ = synthetic("cifar10")
+    content["data_batch_2.bin"] = content["data_batch_2.bin"][:-1]
+    write(tmp_path, content)
+    with pytest.raises(ValueError, match=r"data_batch_2.bin: 18437 bytes, expected 18438 \(6 "
+                                         r"records of 3073\). Delete it and run .*--download"):
+        cifar.read(source, tmp_path)
+
+
+def test_a_cifar_file_with_one_other_bit_raises(tmp_path):
+    source, content, _, _ = synthetic("cifar10")
+    raw = bytearray(content["test_batch.bin"])
+    raw[5000] ^= 1
+    write(tmp_path, {**content, "test_batch.bin": bytes(raw)})
+    with pytest.raises(ValueError, match="test_batch.bin: sha1 .* altered. Delete it and run"):
+        cifar.read(source, tmp_path)
+
+
+@pytest.mark.parametrize(("byte", "value", "message"), [
+    (0, COARSE, r"label byte 0 of record 2 is 20, expected 0\.\.19"),
+    (1, FINE, r"label byte 1 of record 2 is 100, expected 0\.\.99"),
+])
+def test_a_label_out_of_range_raises_with_its_record(tmp_path, byte, value, message):
+    source, content, _, _ = synthetic("cifar100", limits=(COARSE, FINE))
+    raw = bytearray(content["test.bin"])
+    raw[2 * 3074 + byte] = value
+    write(tmp_path, {**content, "test.bin": bytes(raw)})
+    with pytest.raises(ValueError, match=f"test.bin: {message}. Delete it and run"):
+        cifar.read(source, tmp_path)
+
+
+def test_an_altered_archive_raises_and_nothing_is_unpacked(tmp_path):
+    source, content, _, _ = synthetic("cifar10")
+    write(tmp_path, {"cifar-10-binary.tar.gz": archive(source.subfolder, content)[:-1]})
+    with pytest.raises(ValueError, match="cifar-10-binary.tar.gz: md5 .* or altered. Delete it"):
+        cifar.read(source, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["cifar-10-binary.tar.gz"]
+
+
+def test_an_archive_without_an_expected_member_raises(tmp_path):
+    source, content, _, _ = synthetic("cifar10")
+    del content["data_batch_4.bin"]
+    packed = archive(source.subfolder, content)
+    write(tmp_path, {"cifar-10-binary.tar.gz": packed})
+    source = replace(source, md5=hashlib.md5(packed).hexdigest())
+    with pytest.raises(ValueError, match="no member cifar-10-batches-bin/data_batch_4.bin"):
+        cifar.read(source, tmp_path)
+
+
+def test_the_official_sources_describe_60000_records_each():
+    for source, size in ((cifar.SOURCES["cifar10"], 3073), (cifar.SOURCES["cifar100"], 3074)):
+        assert sum(file.records for file in source.train) == 50_000
+        assert sum(file.records for file in source.test) == 10_000
+        assert source.record_bytes == size
+        assert source.label_limits[-1] == len(source.names)
+
+
+@pytest.fixture(scope="module")
+def real_cifar10():
+    folder = os.environ.get("MINIFQT_DATA")
+    if not folder:
+        pytest.skip("MINIFQT_DATA is not set to a folder that holds cifar-10-batches-bin")
+    return data.load("cifar10", folder)
+
+
+def test_real_cifar10_has_5000_and_1000_images_of_each_class(real_cifar10):
+    train, test = real_cifar10
+    assert np.bincount(train.labels).tolist() == [5000] * 10
+    assert np.bincount(test.labels).tolist() == [1000] * 10
+    assert [train.names[label] for label in train.labels[:3]] == ["frog", "truck", "truck"]
+
+
+def test_the_statistics_in_the_source_are_those_of_the_real_training_set(real_cifar10):
+    train, _ = real_cifar10
+    mean, std = data.channel_statistics(train.images)
+    np.testing.assert_allclose(mean, train.mean, rtol=1e-7)               # written with 8 digits
+    np.testing.assert_allclose(std, train.std, rtol=1e-7)
+
+
+# --------------------------------------------------------------------------------------- download
+
+CONTENT = np.random.default_rng(0).bytes(200_000)
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+@dataclass
+class Behaviour:
+    """What the local server does; `asked` collects the Range header of every request."""
+
+    content: bytes = CONTENT
+    ranges: bool = True
+    shift: int = 0                                        # answers with a range that starts later
+    statuses: list = field(default_factory=list)          # of the first requests; 0 is normal
+    sends: list = field(default_factory=list)             # bytes before the first requests are cut
+    asked: list = field(default_factory=list)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):  # noqa: N802 - http.server's name
+        does = self.server.does
+        asked = self.headers.get("Range")
+        does.asked.append(asked)
+        status = does.statuses.pop(0) if does.statuses else 0
+        if status:
+            return self.send_error(status)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and does.ranges else 0
+        if start >= len(does.content):
+            return self.send_error(416)
+        body = does.content[start:]
+        self.send_response(206 if asked and does.ranges else 200)
+        if asked and does.ranges:
+            last = len(does.content) - 1
+            self.send_header("Content-Range", f"bytes {start + does.shift}-{last}/{last + 1}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:does.sends.pop(0)] if does.sends else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.does = Behaviour()
+        running.url = f"http://127.0.0.1:{running.server_port}/cifar.tar.gz"
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def get(server, path, md5=MD5, progress=False):
+    """fetch without pauses, and past any proxy that the environment names."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    fetch(server.url, path, md5, progress, direct, pause=0)
+
+
+def test_a_download_arrives_whole_and_leaves_no_part(server, tmp_path):
+    path = tmp_path / "new" / "cifar.tar.gz"
+    get(server, path)
+    assert path.read_bytes() == CONTENT
+    assert os.listdir(path.parent) == ["cifar.tar.gz"]
+    assert server.does.asked == [None]
+
+
+def test_a_file_that_is_there_and_right_is_not_asked_for(server, tmp_path):
+    path = tmp_path / "cifar.tar.gz"
+    path.write_bytes(CONTENT)
+    get(server, path)
+    assert server.does.asked == []
+
+
+def test_a_wrong_file_is_replaced(server, tmp_path):
+    path = tmp_path / "cifar.tar.gz"
+    path.write_bytes(CONTENT[:-1])
+    get(server, path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_part_of_an_earlier_run_is_continued(server, tmp_path):
+    (tmp_path / "cifar.tar.gz.part").write_bytes(CONTENT[:70_000])
+    get(server, tmp_path / "cifar.tar.gz")
+    assert (tmp_path / "cifar.tar.gz").read_bytes() == CONTENT
+    assert server.does.asked == ["bytes=70000-"]
+
+
+def test_a_cut_connection_is_continued_where_it_broke(server, tmp_path):
+    server.does.sends = [50_000, 60_000]
+    get(server, tmp_path / "cifar.tar.gz")
+    assert (tmp_path / "cifar.tar.gz").read_bytes() == CONTENT
+    assert server.does.asked == [None, "bytes=50000-", "bytes=110000-"]
+
+
+def test_after_too_many_cuts_the_part_stays_and_running_again_continues(server, tmp_path):
+    server.does.sends = [10_000] * ATTEMPTS
+    with pytest.raises(ConnectionError, match="ended after 50000 of 200000 bytes. 50000 bytes are "
+                                              "in .*part: run the same command again to continue"):
+        get(server, tmp_path / "cifar.tar.gz")
+    assert len(server.does.asked) == ATTEMPTS
+    get(server, tmp_path / "cifar.tar.gz")
+    assert (tmp_path / "cifar.tar.gz").read_bytes() == CONTENT
+    assert server.does.asked[-1] == "bytes=50000-"
+
+
+def test_a_wrong_byte_deletes_the_part_and_raises(server, tmp_path):
+    server.does.content = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
+    with pytest.raises(ValueError, match=f"has md5 .*, expected {MD5}; it was deleted"):
+        get(server, tmp_path / "cifar.tar.gz")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_server_that_ignores_range_makes_the_part_start_over(server, tmp_path):
+    server.does.ranges = False
+    (tmp_path / "cifar.tar.gz.part").write_bytes(CONTENT[:70_000])
+    get(server, tmp_path / "cifar.tar.gz")
+    assert (tmp_path / "cifar.tar.gz").read_bytes() == CONTENT
+    assert server.does.asked == ["bytes=70000-"]
+
+
+def test_a_server_that_answers_with_another_range_makes_the_part_start_over(server, tmp_path):
+    server.does.shift = 5
+    (tmp_path / "cifar.tar.gz.part").write_bytes(CONTENT[:70_000])
+    get(server, tmp_path / "cifar.tar.gz")
+    assert (tmp_path / "cifar.tar.gz").read_bytes() == CONTENT
+    assert server.does.asked == ["bytes=70000-", None]
+
+
+def test_a_part_that_is_complete_becomes_the_file(server, tmp_path):
+    (tmp_path / "cifar.tar.gz.part").write_bytes(CONTENT)
+    get(server, tmp_path / "cifar.tar.gz")
+    assert (tmp_path / "cifar.tar.gz").read_bytes() == CONTENT
+    assert server.does.asked == ["bytes=200000-"]
+
+
+def test_a_part_that_is_too_long_starts_over(server, tmp_path):
+    (tmp_path / "cifar.tar.gz.part").write_bytes(CONTENT + b"more")
+    get(server, tmp_path / "cifar.tar.gz")
+    assert (tmp_path / "cifar.tar.gz").read_bytes() == CONTENT
+    assert server.does.asked == ["bytes=200004-", None]
+
+
+def test_a_file_that_the_server_does_not_have_raises_at_once(server, tmp_path):
+    server.does.statuses = [404]
+    with pytest.raises(ConnectionError, match=f"HTTP 404 Not Found. Get the file from elsewhere "
+                                              rf"\(md5 {MD5}\) and put it at .*/cifar.tar.gz\."):
+        get(server, tmp_path / "cifar.tar.gz")
+    assert len(server.does.asked) == 1
+
+
+def test_a_busy_server_is_asked_again(server, tmp_path):
+    server.does.statuses = [503, 0]
+    get(server, tmp_path / "cifar.tar.gz")
+    assert (tmp_path / "cifar.tar.gz").read_bytes() == CONTENT
+    assert len(server.does.asked) == 2
+
+
+def test_no_server_at_all_raises_after_as_many_attempts_as_stated(tmp_path):
+    calls = []
+
+    def refuse(request, timeout):
+        calls.append((request.full_url, timeout))
+        raise ConnectionRefusedError("nobody listens")
+
+    with pytest.raises(ConnectionError, match="nobody listens.*0 bytes are in"):
+        fetch("http://example.invalid/x", tmp_path / "x", MD5, False, refuse, pause=0)
+    assert len(calls) == ATTEMPTS
+
+
+def test_the_progress_bar_starts_where_the_part_ended(server, tmp_path, capsys):
+    (tmp_path / "cifar.tar.gz.part").write_bytes(CONTENT[:150_000])
+    get(server, tmp_path / "cifar.tar.gz", progress=True)
+    shown = capsys.readouterr().err
+    assert "cifar.tar.gz:  75%" in shown
+    assert "200k/200k" in shown
+
+
+def test_load_with_download_fetches_unpacks_and_reads(server, tmp_path, monkeypatch):
+    source, content, images, _ = synthetic("cifar10")
+    server.does.content = archive(source.subfolder, content)
+    url = server.url.replace("cifar.tar.gz", "cifar-10-binary.tar.gz")
+    monkeypatch.setitem(cifar.SOURCES, "cifar10", replace(source, url=url))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = Path(tmp_path) / "new"
+    train, test = data.load("cifar10", folder, download=True)
+    assert (len(train), len(test)) == (30, 6)
+    assert (test.images == images[-1]).all()
+    data.load("cifar10", folder, download=True)
+    assert server.does.asked == [None]                    # what is there is not fetched again
