@@ -46,7 +46,7 @@ def in_test(labels: np.ndarray, count: int = TEST) -> np.ndarray:
 
 def _stored(path):
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in SHA256}
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}). Restore it from the repository.") from error

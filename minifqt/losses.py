@@ -4,25 +4,28 @@ import numpy as np
 from minifqt.backend import Array, array_module
 
 
-def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> tuple[Array, Array]:
-    """Mean over the batch of −Σ_k t_k log softmax(logits)_k, and its gradient.  logits (N, K), labels (N,) integers.
+def cross_entropy(logits: Array, labels: Array,
+                  label_smoothing: float = 0.0) -> tuple[Array, Array]:
+    """Mean over the batch of −Σ_k t_k log softmax(logits)_k, and its gradient.
 
+    logits (N, K), labels (N,) integers
     label_smoothing  ε: the target t is (1 − ε) · onehot + ε / K, over all classes as in PyTorch
-    Returns the loss (a float64 scalar array) and dlogits (N, K) in logits' dtype.
+    Returns the loss, a float64 scalar, and dlogits (N, K) in logits' dtype.
     Raises ValueError where shapes, labels or ε do not fit.
     """
     xp, (N, K) = array_module(logits), logits.shape
-    if labels.shape != (N,) or not 0 <= label_smoothing < 1:
-        raise ValueError(f"logits {logits.shape}, labels {labels.shape}, label_smoothing {label_smoothing}: expected "
-                         "one label a row and a smoothing in [0, 1).")
+    if labels.shape != (N,) or N == 0 or not 0 <= label_smoothing < 1:
+        raise ValueError(f"logits {logits.shape}, labels {labels.shape}, label_smoothing "
+                         f"{label_smoothing}: expected one label a row, at least one row, and a "
+                         "smoothing in [0, 1).")
     if array_module(labels) is not xp or labels.dtype.kind not in "iu":
-        raise ValueError("labels: expected integers on the same device as the logits.")
+        raise ValueError(f"labels are {type(labels).__name__} {labels.dtype}: expected integers "
+                         "beside the logits, on the same device.")
     if xp is np and (labels.min() < 0 or labels.max() >= K):
-        raise ValueError(f"labels {labels.min()}..{labels.max()} for {K} classes: expected 0..{K - 1}. "
-                         "Build the model with the data's number of classes.")
+        raise ValueError(f"labels {labels.min()}..{labels.max()} for {K} classes: expected "
+                         f"0..{K - 1}. Build the model with the data's number of classes.")
     shifted = logits.astype("float64") - logits.max(axis=1, keepdims=True)
-    log_total = xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
-    log_p = shifted - log_total                           # (N, K)
+    log_p = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))      # (N, K)
     target = xp.full((N, K), label_smoothing / K)
     target[xp.arange(N), labels] += 1 - label_smoothing
     loss = -(target * log_p).sum() / N

@@ -113,6 +113,9 @@ def test_the_digits_labels_belong_to_the_images():
 def test_the_split_rule_takes_exactly_as_many_as_asked(count, total):
     labels = np.random.default_rng(0).integers(0, 3, total)
     test = digits.in_test(labels, count)
+    by_class = sorted(range(total), key=lambda i: labels[i])              # Python's sort is stable
+    assert set(test.nonzero()[0].tolist()) == {
+        i for position, i in enumerate(by_class) if position * count % total < count}
     assert test.sum() == count
     share = np.bincount(labels, minlength=3) * count / total
     assert (abs(np.bincount(labels[test], minlength=3) - share) <= 1).all()
@@ -177,15 +180,16 @@ def synthetic(name, records=6, limits=(10,)):
     return source, content, images, labels
 
 
-def archive(subfolder, content):
+def archive(subfolder, content, links=("link.bin",)):
     """The .tar.gz of these files, the same bytes each time, with members that nobody wants."""
     members = {"../escaped.bin": b"no", f"{subfolder}/readme.html": b"hello",
                **{f"{subfolder}/{name}": raw for name, raw in content.items()}}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz", format=tarfile.GNU_FORMAT) as tar:
-        link = tarfile.TarInfo(f"{subfolder}/link.bin")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        tar.addfile(link)
+        for name in links:
+            link = tarfile.TarInfo(f"{subfolder}/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "readme.html"
+            tar.addfile(link)
         for name, raw in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(raw)
@@ -251,8 +255,8 @@ def test_a_missing_file_alone_is_unpacked_again_and_others_stay_as_they_are(tmp_
 
 
 def test_missing_data_says_what_was_looked_for_and_the_command_that_gets_it(tmp_path):
-    message = ("cifar-10-batches-bin/data_batch_1.bin is missing, and so is .*cifar-10-binary.tar.gz"
-               f".*`python train.py --dataset cifar10 --data-dir {tmp_path} --download`")
+    message = ("cifar-10-batches-bin/data_batch_1.bin is missing, and so is .*/cifar-10-binary.tar"
+               f".gz.*`python train.py --dataset cifar10 --data-dir {tmp_path} --download`")
     with pytest.raises(FileNotFoundError, match=message):
         data.load("cifar10", tmp_path)
 
@@ -314,6 +318,16 @@ def test_an_archive_without_an_expected_member_raises(tmp_path):
     write(tmp_path, {"cifar-10-binary.tar.gz": packed})
     source = replace(source, md5=hashlib.md5(packed).hexdigest())
     with pytest.raises(ValueError, match="no member cifar-10-batches-bin/data_batch_4.bin"):
+        cifar.read(source, tmp_path)
+
+
+def test_a_link_in_the_place_of_a_member_is_not_followed(tmp_path):
+    source, content, _, _ = synthetic("cifar100", limits=(COARSE, FINE))
+    del content["test.bin"]
+    packed = archive(source.subfolder, content, links=("test.bin",))
+    write(tmp_path, {"cifar-100-binary.tar.gz": packed})
+    source = replace(source, md5=hashlib.md5(packed).hexdigest())
+    with pytest.raises(ValueError, match="no member cifar-100-binary/test.bin, though its md5"):
         cifar.read(source, tmp_path)
 
 

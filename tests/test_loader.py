@@ -251,12 +251,12 @@ def test_a_few_batches_are_prepared_ahead_and_no_more():
 
 
 def test_leaving_early_stops_the_threads_and_makes_no_further_batch():
-    loader = Loader(dataset(count=400, seconds=0.02), 8, None, train=False, workers=2)
+    loader = Loader(dataset(count=400, seconds=0.1), 8, None, train=False)
     for _ in loader.epoch(0):
-        assert len(threads()) > 0
+        assert len(threads()) == 1
         break
     assert threads() == []
-    assert loader.dataset.images.taken <= 1 + 2 * 2 + AHEAD
+    assert loader.dataset.images.taken < 2 + AHEAD        # those waiting would take 0.4 s
 
 
 def test_an_interrupt_in_the_loop_stops_the_threads():

@@ -173,10 +173,10 @@ class BoundActivation(Bound):
     range  (2,) float32, lowest and highest; NaN until the first training forward
     """
 
-    def __init__(self, spec, rounding, streams, name, eval_range, xp=np):
-        super().__init__(spec, rounding, streams, name)
+    def __init__(self, spec: str, streams: Streams, name: str, eval_range: str):
+        super().__init__(spec, "nearest", streams, name)
         self.has_range = hasattr(self.quantizer, "static")
-        self.range = xp.full(2, np.nan, "float32")
+        self.range = streams.device.full(2, np.nan, "float32")
         self.training, self.eval_range, self.calibrated = True, eval_range, False
 
     def __call__(self, x: Array) -> QTensor:
