@@ -24,21 +24,28 @@ PRESETS = {                                               # CIFAR: the paper's s
 ANYTIME = ("resume", "device", "threads", "data_dir", "download", "save_minutes")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default only where there is one."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
 def parser() -> argparse.ArgumentParser:
     """All flags, with their defaults in the help."""
     flags = argparse.ArgumentParser(description=__doc__.partition("`. ")[0] + "`.",
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                    formatter_class=Help)
     add = flags.add_argument
     add("--dataset", choices=PRESETS, default="digits", help="digits is embedded")
     add("--data-dir", default=".data", help="where CIFAR is, or goes with --download")
     add("--download", action="store_true", help="fetch the data set if it is not there")
-    add("--model", choices=models.MODELS, help="resnet8 for digits, resnet56 for CIFAR, or")
+    add("--model", choices=models.MODELS, help="default: resnet8 for digits, resnet56 for CIFAR")
     add("--recipe", default="bhq5",
         help="fp32, qat8, or a gradient quantizer and its bits: ptq8, ptqz8, psq4, bhq5, …")
     add("--eval-range", choices=("running", "batch"), default="running",
         help="activation ranges in evaluation")
-    add("--epochs", type=int, help="30 for digits, 200 for CIFAR, or")
-    add("--batch-size", type=int, help="64 for digits, 128 for CIFAR, or")
+    add("--epochs", type=int, help="default: 30 for digits, 200 for CIFAR")
+    add("--batch-size", type=int, help="default: 64 for digits, 128 for CIFAR")
     add("--lr", type=float, default=0.1, help="learning rate at the start")
     add("--schedule", choices=optim.SCHEDULES, default="cosine", help="learning rate by epoch")
     add("--warmup", type=int, default=0, help="epochs in which the learning rate rises")
@@ -48,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of initialisation, order, augmentation, rounding")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--threads", type=int, default=backend.threads(), help="CPU threads; change no number")
-    add("--out", help="the run's folder; runs/DATASET-MODEL-RECIPE-seedSEED, or")
-    add("--resume", metavar="RUN", help="continue the run in this folder with its own settings;")
+    add("--out", help="the run's folder; default: runs/DATASET-MODEL-RECIPE-seedSEED")
+    add("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
     add("--save-minutes", type=float, default=10.0, help="between checkpoints inside an epoch")
     return flags
 
@@ -100,8 +107,8 @@ def run(flags: argparse.Namespace) -> int:
     print(f"test accuracy {metrics['test_acc']:.2%}, best {job.progress.best_acc:.2%}; "
           f"the curve is in {job.metrics}")
     if flags.dataset == "digits":
-        print("try next: --recipe bhq3 (fewer bits), ptq3 (a coarser quantizer), fp32; or\n  python "
-              "train.py --dataset cifar10 --download --model resnet20 --epochs 30")
+        print("try next: --recipe bhq3 (fewer bits), ptq3 (a coarser quantizer), fp32; or\n"
+              "  python train.py --dataset cifar10 --download --model resnet20 --epochs 30")
     return 0
 
 

@@ -21,6 +21,8 @@ PIXELS = 3 * 32 * 32                                      # a record: labels, 10
 
 @dataclass(frozen=True)
 class File:
+    """One .bin file of a set: its name, how many records it holds, and its checksum."""
+
     name: str
     records: int
     sha1: str | None = None                               # None: no published one is known

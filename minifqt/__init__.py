@@ -1,6 +1,6 @@
 """minifqt: fully quantized training, to see and to run.
 
-Read training.train_step, then layers.Conv2d, then quantizers/psq.py, then kernels/reference.py.
+Read training.train_step, layers.Conv2d, quantizers/psq.py, kernels/reference.py, in this order.
 """
 from minifqt import layers, quantizers
 from minifqt.backend import set_threads
@@ -12,5 +12,5 @@ from minifqt.rng import NonFiniteError, Streams
 from minifqt.training import evaluate, train_step
 
 __version__ = "0.1.0"
-__all__ = ["NonFiniteError", "QTensor", "Recipe", "SGD", "Streams", "cross_entropy", "evaluate", "layers", "quantizers",
-           "recipe", "set_threads", "train_step"]
+__all__ = ["NonFiniteError", "QTensor", "Recipe", "SGD", "Streams", "cross_entropy", "evaluate",
+           "layers", "quantizers", "recipe", "set_threads", "train_step"]

@@ -1,11 +1,12 @@
 """Where arrays live and how the CPU's cores are used: the only file that imports CuPy.
 
-Everything above asks `array_module(x)` and never the device. Blocks of work are cut by shape, never by thread count,
-so 1, 2 and 4 threads give the same bits. Next: rng.py, then qtensor.py.
+Everything above asks `array_module(x)` and never the device. Blocks of work are cut by shape, never
+by thread count, so 1, 2 and 4 threads give the same bits. Next: rng.py, then qtensor.py.
 """
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,7 +30,7 @@ def array_module(x: Array):
 
 
 def device_module(device: str):
-    """numpy for "cpu", cupy for "cuda"; "auto" takes a GPU if one answers.  ValueError, RuntimeError."""
+    """numpy for "cpu", cupy for "cuda"; "auto": a GPU if one answers.  ValueError, RuntimeError."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {device!r}: expected auto, cpu or cuda.")
     if device == "cpu":
@@ -52,7 +53,7 @@ def to_cpu(x: Array) -> np.ndarray:
 
 
 def set_threads(count: int) -> None:
-    """Worker threads for the CPU's blocks; changes speed and never a number.  ValueError below 1."""
+    """Worker threads for the CPU's blocks; changes speed, never a number.  ValueError below 1."""
     global _pool, _threads
     if count < 1:
         raise ValueError(f"{count} threads: at least 1 is needed.")
@@ -69,7 +70,8 @@ def threads() -> int:
 def map_blocks(function: Callable, count: int, size: int) -> list:
     """[function(slice) for each block of `size` of range(count)], on all threads, results in order.
 
-    BLAS runs on one thread in each worker: its own threads would fight the pool's and change the order of float sums.
+    BLAS runs on one thread in each worker: its own threads would fight the pool's and change the
+    order of float sums.
     """
     global _pool
     blocks = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
@@ -78,23 +80,24 @@ def map_blocks(function: Callable, count: int, size: int) -> list:
             return [function(block) for block in blocks]
         if _pool is None:
             _pool = ThreadPoolExecutor(_threads, thread_name_prefix="minifqt")
-        return list(_pool.map(function, blocks))
+        contexts = [copy_context() for _ in blocks]       # np.errstate of the caller
+        return list(_pool.map(lambda block, context: context.run(function, block), blocks,
+                              contexts))
 
 
 def segment_sum(x: Array, starts: Array) -> Array:
-    """Sums of runs of rows: out[i] = Σ x[starts[i]:starts[i + 1]], rows in order.  x (N, D) float64, starts (N,) ascending.
+    """Sums of runs of rows: out[i] = Σ x[starts[i]:starts[i + 1]], rows in order.
 
-    Unused trailing entries of starts are N and give rows of zeros, so that no shape depends on data.
+    x (N, D) float64, starts (N,) ascending, N where there is no such run. A GPU, whose host does
+    not know how many there are, returns N rows, those too many 0.
     """
     xp = array_module(x)
-    stops = xp.append(starts[1:], len(x))
     if xp is np:
-        used = int(np.searchsorted(starts, len(x)))
-        sums = np.zeros_like(x)
-        np.add.reduceat(x, starts[:used], axis=0, out=sums[:used])
-        return sums
+        return np.add.reduceat(x, starts[:np.searchsorted(starts, len(x))], axis=0)
+    stops = xp.append(starts[1:], len(x))
     kernel = cupy.ElementwiseKernel(
         "raw T x, raw int64 start, raw int64 stop, int64 width", "T total",
-        "total = 0; for (long long r = start[i / width]; r < stop[i / width]; ++r) total += x[r * width + i % width];",
+        "total = 0; for (long long r = start[i / width]; r < stop[i / width]; ++r) "
+        "total += x[r * width + i % width];",
         "minifqt_segment_sum")
     return kernel(xp.ascontiguousarray(x), starts, stops, x.shape[1], xp.empty_like(x))

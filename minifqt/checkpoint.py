@@ -8,7 +8,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-_ADVICE = "Resume from another checkpoint of the run (copy best.safetensors over it), or start again."
+_ADVICE = ("Resume from another checkpoint of the run (copy best.safetensors over it), or start "
+           "again.")
 
 
 def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:

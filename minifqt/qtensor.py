@@ -1,6 +1,6 @@
 """The integer tensor: codes, scale, zero, and the two laws that decide which product it may enter.
 
-It holds no arithmetic of its own beyond turning codes back into numbers. Next: kernels/reference.py.
+It has no arithmetic of its own beyond turning codes back into numbers. Next: kernels/reference.py.
 """
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,14 +18,14 @@ class Mix(Protocol):
         """T⁻¹·y, in y's dtype."""
 
     def undo_squared(self, v: Array) -> Array:
-        """(T⁻¹)²·v, squared element by element: variances of undo(y) for independent rows of variance v."""
+        """(T⁻¹)²·v, squared elementwise: Var of undo(y) for independent rows of variance v."""
 
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """x̂ = scale · (codes − zero), then mix.undo(x̂) if rows were mixed.
 
-    codes  uint8 0..B for affine quantizers, int8 for symmetric ones, float32 or float64 for Identity
+    codes  uint8 0..B for affine quantizers, int8 for symmetric, float32 or float64 for Identity
     scale  the real size of one code step; as many axes as codes, size 1 where it does not vary
     zero   any real number of steps; axes as scale
     mix    row transform or None
@@ -41,14 +41,16 @@ class QTensor:
 
     def __post_init__(self):
         if self.codes.dtype.name not in ("uint8", "int8", "float32", "float64"):
-            raise ValueError(f"{self.name}: codes are {self.codes.dtype}; expected uint8, int8, float32 or float64.")
+            raise ValueError(f"{self.name}: codes are {self.codes.dtype}; "
+                             "expected uint8, int8, float32 or float64.")
         for field in ("scale", "zero"):
             shape = getattr(self, field).shape
             fits = len(shape) == self.codes.ndim and all(
                 size in (1, full) for size, full in zip(shape, self.codes.shape, strict=True))
             if not fits:
-                raise ValueError(f"{self.name}: {field} has shape {shape}; codes of shape {self.codes.shape} need as "
-                                 "many axes, each of size 1 or the full size.")
+                raise ValueError(f"{self.name}: {field} has shape {shape}; codes of shape "
+                                 f"{self.codes.shape} need as many axes, each of size 1 or the "
+                                 "full size.")
 
     @property
     def shape(self) -> tuple:
@@ -61,7 +63,7 @@ class QTensor:
         return self.codes.dtype.kind in "iu"
 
     def rows(self, dtype="float32") -> Array:
-        """scale · (codes − zero) without undoing a mix: what a product sees. Formed in float64, rounded once."""
+        """scale · (codes − zero), no mix undone: what a product sees. In float64, rounded once."""
         if not self.is_integer:
             return self.codes.astype(dtype, copy=False)
         return ((self.codes - self.zero.astype("float64")) * self.scale).astype(dtype)
@@ -79,27 +81,31 @@ class QTensor:
 _ADVICE = {
     "fprop": "Use a per-tensor quantizer: recipe.replace({place}=\"{spec}\").",
     "wgrad": "Use a per-tensor quantizer: recipe.replace({place}=\"ptq8\").",
-    "dgrad": "Use a quantizer with one scale a tensor or a sample: recipe.replace({place}=\"{spec}\").",
+    "dgrad": "Use a quantizer with one scale a tensor or a sample: "
+             "recipe.replace({place}=\"{spec}\").",
 }
 _SPECS = {"act": "ptq8", "weight": "sym8", "grad_w": "ptq8", "grad_x": "psq8"}
 
 
 def require_factorable(product: str, t: QTensor, axes: tuple) -> None:
-    """Law 2: scale and zero are constant along the axes that the product contracts, else ValueError."""
+    """Law 2: scale and zero are constant along the product's contracted axes, else ValueError."""
     varying = [axis for axis in axes if t.scale.shape[axis] != 1 or t.zero.shape[axis] != 1]
     if varying:
         place = t.name.rsplit(".", 1)[-1]
         advice = _ADVICE[product].format(place=place, spec=_SPECS.get(place, "ptq8"))
-        field, shape = ("scale", t.scale.shape) if t.scale.shape[varying[0]] != 1 else ("zero", t.zero.shape)
-        raise ValueError(f"{product} contracts axes {axes} of {t.name}, but its {field}, shape {shape}, varies along axis "
-                         f"{varying[0]}: no integer GEMM can factor it out. {advice}")
+        field, shape = (("scale", t.scale.shape) if t.scale.shape[varying[0]] != 1
+                        else ("zero", t.zero.shape))
+        raise ValueError(f"{product} contracts axes {axes} of {t.name}, but its {field}, "
+                         f"shape {shape}, varies along axis {varying[0]}: "
+                         f"no integer GEMM can factor it out. {advice}")
 
 
 def require_unmixed(product: str, t: QTensor) -> None:
     """Law 3: mixed rows can be unmixed only in the result of dgrad, else ValueError."""
     if t.mix is not None:
-        raise ValueError(f"{product} cannot take {t.name}, whose rows are mixed by {type(t.mix).__name__}: only dgrad keeps "
-                         "rows apart, so that they can be unmixed in its result. Use a quantizer that does not mix rows.")
+        raise ValueError(f"{product} cannot take {t.name}, whose rows are mixed by "
+                         f"{type(t.mix).__name__}: only dgrad keeps rows apart, so that they can "
+                         "be unmixed in its result. Use a quantizer that does not mix rows.")
 
 
 def common_dtype(a: QTensor, b: QTensor) -> str:
@@ -109,7 +115,7 @@ def common_dtype(a: QTensor, b: QTensor) -> str:
 
 
 def as_floats(t: QTensor, dtype: str) -> QTensor:
-    """The same rows as float codes with scale 1 and zero 0: what an integer tensor becomes beside an Identity operand."""
+    """The same rows as float codes, scale 1, zero 0: what integers become beside an Identity."""
     xp = array_module(t.codes)
     shape = (1,) * t.codes.ndim
     return QTensor(t.rows(dtype), xp.ones(shape, dtype), xp.zeros(shape, dtype), t.mix, t.name)

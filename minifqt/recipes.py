@@ -4,10 +4,11 @@ from dataclasses import replace as _replace
 
 from minifqt import quantizers
 
-PRESETS = {
-    "fp32": {"act": "identity", "weight": "identity", "grad_w": "identity", "grad_x": "identity"},
-    "qat8": {"act": "ptq8", "weight": "sym8", "grad_w": "identity", "grad_x": "identity"},
-}                                                         # NAMEb: qat8 with grad_w ptq8 and grad_x NAMEb
+_FLOAT = {"grad_w": "identity", "grad_x": "identity"}
+PRESETS = {                                               # and NAMEb: Recipe(grad_x="NAMEb")
+    "fp32": {"act": "identity", "weight": "identity", **_FLOAT},
+    "qat8": {"act": "ptq8", "weight": "sym8", **_FLOAT},
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Recipe:
         return _replace(self, **changes)
 
 
-def recipe(name: "str | Recipe") -> Recipe:
-    """fp32, qat8, or NAMEb for any registered gradient quantizer: recipe("bhq5").  ValueError lists them."""
+def recipe(name: str | Recipe) -> Recipe:
+    """fp32, qat8, or NAMEb for any registered gradient quantizer, as in recipe("bhq5").
+
+    Raises ValueError, listing what there is; a Recipe is returned as it is.
+    """
     if isinstance(name, Recipe):
         return name
     if name in PRESETS:
@@ -49,9 +53,9 @@ def recipe(name: "str | Recipe") -> Recipe:
     try:
         quantizer, _ = quantizers.parse(name)
     except ValueError as error:
-        raise ValueError(f"recipe {name!r}: expected {', '.join(PRESETS)}, or a gradient quantizer and its "
-                         f"bits as in bhq5, psq4, ptq8. {error}") from None
+        raise ValueError(f"recipe {name!r}: expected {', '.join(PRESETS)}, or a gradient quantizer "
+                         f"and its bits as in bhq5, psq4, ptq8. {error}") from None
     if isinstance(quantizer, quantizers.Identity):
-        raise ValueError("recipe 'identity': full precision is the recipe fp32; qat8 quantizes the "
-                         "forward pass alone.")
+        raise ValueError("recipe 'identity': full precision is the recipe fp32; qat8 quantizes "
+                         "the forward pass alone.")
     return Recipe(grad_x=name)

@@ -1,7 +1,8 @@
 """Noise that is a function of (seed, stream name, step, element) and of nothing else.
 
-NumPy's counter-based Philox 4×64-10 makes it; `philox` below is the same function in plain array operations, for reading,
-for other array modules, and checked against NumPy's. No global generator, no order of calls. Next: qtensor.py.
+NumPy's counter-based Philox 4×64-10 makes it; `philox` below is the same function in plain array
+operations, for reading, for other array modules, and checked against NumPy's. No global generator,
+no order of calls. Next: qtensor.py.
 """
 import hashlib
 import math
@@ -11,22 +12,26 @@ import numpy as np
 from minifqt.backend import Array, array_module, map_blocks, to_cpu
 
 HALF = 32768                                              # as noise everywhere it rounds to nearest
-_CHUNK = 1 << 16                                          # Philox blocks (of 16 values) in one piece of work
+_CHUNK = 1 << 16                                          # Philox blocks (of 16 values) in one task
 _LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)   # Salmon et al. 2011, table 2; NumPy's philox.h
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)   # Salmon 2011, table 2; NumPy's philox.h
 _INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 
 def philox(key, step: int, first: int, count: int, xp=np) -> Array:
-    """Blocks first .. first + count - 1 of Philox 4×64-10, (count, 4) uint64; block 0 has counter 1, as in NumPy.
+    """Blocks first .. first + count - 1 of Philox 4×64-10, (count, 4) uint64.
 
+    Block 0 has counter 1, as in NumPy.
     key  two unsigned 64-bit integers
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; numpy.random.Philox.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; NumPy's Philox.
     """
-    def product(a, b):                                    # high and low words of a 64 × 64-bit product
-        a0, a1, b0, b1 = xp.uint64(a & _LOW32), xp.uint64(a >> 32), b & xp.uint64(_LOW32), b >> xp.uint64(32)
-        middle = (a0 * b0 >> xp.uint64(32)) + (a0 * b1 & xp.uint64(_LOW32)) + (a1 * b0 & xp.uint64(_LOW32))
-        high = a1 * b1 + (a0 * b1 >> xp.uint64(32)) + (a1 * b0 >> xp.uint64(32)) + (middle >> xp.uint64(32))
+    def product(a, b):                                    # high, low words of a 64 × 64-bit product
+        a0, a1, b0, b1 = (xp.uint64(a & _LOW32), xp.uint64(a >> 32),
+                          b & xp.uint64(_LOW32), b >> xp.uint64(32))
+        middle = ((a0 * b0 >> xp.uint64(32)) + (a0 * b1 & xp.uint64(_LOW32))
+                  + (a1 * b0 & xp.uint64(_LOW32)))
+        high = (a1 * b1 + (a0 * b1 >> xp.uint64(32)) + (a1 * b0 >> xp.uint64(32))
+                + (middle >> xp.uint64(32)))
         return high, xp.uint64(a) * b                     # uint64 wraps: the low word
 
     k0, k1 = int(key[0]), int(key[1])
@@ -50,15 +55,15 @@ class Streams:
         if seed < 0:
             raise ValueError(f"seed {seed}: expected an integer ≥ 0.")
         self.seed, self.step, self.device = seed, 0, device
-        self.warned = False                               # the fallback to batch ranges is announced once
-        self._pending = {}                                # name → "was not finite", kept on the device
+        self.warned = False                               # fallback to batch ranges: announced once
+        self._pending = {}                                # name → "was not finite", on the device
 
     def stream(self, name: str) -> "Stream":
         """The stream of this name; two names are two independent noises."""
         return Stream(self, name)
 
     def require_finite(self, name: str, finite: Array) -> None:
-        """Raise ValueError naming the tensor unless finite; on a GPU remembered until `raise_pending`, with no sync."""
+        """ValueError naming the tensor unless finite; on a GPU, for no sync, at `raise_pending`."""
         if array_module(finite) is np:
             if not finite:
                 raise NonFiniteError(name)
@@ -78,8 +83,9 @@ class NonFiniteError(ValueError):
 
     def __init__(self, name: str):
         self.name = name
-        super().__init__(f"{name}: NaN or infinity entered a quantizer. Training has diverged or its input is bad: "
-                         "lower the learning rate, or check the data and the weights that were loaded.")
+        super().__init__(f"{name}: NaN or infinity entered a quantizer. Training has diverged or "
+                         "its input is bad: lower the learning rate, or check the data and the "
+                         "weights that were loaded.")
 
 
 class Stream:
@@ -91,20 +97,23 @@ class Stream:
         self.key = np.frombuffer(digest, "<u8")           # never hash(): it changes from run to run
 
     def bits(self, shape: tuple, xp=np, offset: int = 0) -> Array:
-        """uint16 noise of this shape; element i (flat C order, plus offset) is field i % 4 of word i // 4 of the step's words.
+        """uint16 noise of this shape; element i is field i % 4 of word i // 4 of the step's words.
 
+        i       index in flat C order, plus offset
         offset  index of the first element, for a rank that holds a part of the batch
         """
         count, step = math.prod(shape), self.streams.step
         first, skip = divmod(offset, 16)
         blocks = -(-(skip + count) // 16)
         if xp is not np:
-            return philox(self.key, step, first, blocks, xp).view(xp.uint16).reshape(-1)[skip:skip + count].reshape(shape)
+            return (philox(self.key, step, first, blocks, xp).view(xp.uint16)
+                    .reshape(-1)[skip:skip + count].reshape(shape))
         words = np.empty((blocks, 4), np.uint64)
 
         def fill(part):
             generator = self._generator(first + part.start, step)
-            words[part] = generator.integers(0, _LOW64, (part.stop - part.start, 4), np.uint64, endpoint=True)
+            words[part] = generator.integers(
+                0, _LOW64, (part.stop - part.start, 4), np.uint64, endpoint=True)
 
         map_blocks(fill, blocks, _CHUNK)
         return words.view("<u2").reshape(-1)[skip:skip + count].reshape(shape)

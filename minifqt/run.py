@@ -37,6 +37,8 @@ class Run:
 
     def resume(self) -> None:
         """Take over the state of last.safetensors; metrics of later epochs are dropped."""
+        for stale in self.folder.glob("*.tmp"):           # of a save that was killed
+            stale.unlink()
         arrays, meta = checkpoint.load(self.last)
         device = self.net.streams.device
         self.net.load_state(_part(arrays, "net/"))

@@ -5,6 +5,7 @@ It knows neither data sets nor flags nor files: train.py makes the first two, ru
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from tqdm import tqdm
 
 from minifqt.backend import array_module, to_cpu
@@ -68,6 +69,7 @@ def train_epoch(net, optimizer, loader, lr, progress, label_smoothing=0.0, after
     return True
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")   # non-finite is looked for below
 def checked_step(net, optimizer, x, labels, lr, progress, label_smoothing):
     """train_step whose loss is a finite float, else DivergedError with the place of origin."""
     try:
@@ -76,7 +78,7 @@ def checked_step(net, optimizer, x, labels, lr, progress, label_smoothing):
         net.streams.raise_pending()
         if math.isfinite(loss):
             return loss
-        what = f"the loss is {loss}"
+        what = f"the loss is {loss}."
     except NonFiniteError as error:
         what = str(error)
     raise DivergedError(f"step {progress.step}, epoch {progress.epoch + 1}: {what} First not "

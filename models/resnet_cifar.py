@@ -1,6 +1,6 @@
 """Pre-activation ResNets for small images: 6n + 2 layers, 16, 32, 64 channels.
 
-Source: arXiv 1603.05027, section 3 (the order of layers) and arXiv 1512.03385, section 4.2 (the sizes).
+Source: arXiv 1603.05027, figure 4 (the order of layers); arXiv 1512.03385, section 4.2 (the sizes).
 """
 from functools import partial
 
@@ -27,12 +27,15 @@ class Block(Layer):
 
 
 class DownBlock(Layer):
-    """As Block, but with stride and more channels; the shortcut is a 1×1 convolution of the activated input."""
+    """As Block at half the size; the shortcut is a 1×1 convolution of the activated input.
 
-    def __init__(self, in_channels, channels, stride):
+    (N, H, W, in_channels) → (N, ⌈H/2⌉, ⌈W/2⌉, channels).
+    """
+
+    def __init__(self, in_channels, channels):
         self.bn1, self.relu1 = BatchNorm2d(in_channels), ReLU()
-        self.shortcut = Conv2d(in_channels, channels, 1, stride=stride)
-        self.conv1 = Conv2d(in_channels, channels, 3, stride=stride, padding=1)
+        self.shortcut = Conv2d(in_channels, channels, 1, stride=2)
+        self.conv1 = Conv2d(in_channels, channels, 3, stride=2, padding=1)
         self.bn2, self.relu2 = BatchNorm2d(channels), ReLU()
         self.conv2 = Conv2d(channels, channels, 3, padding=1)
 
@@ -48,25 +51,24 @@ class DownBlock(Layer):
 
 
 class ResNetCifar(Layer):
-    """Three stages of n blocks.  (N, 32, 32, channels) → (N, classes)."""
+    """Three stages of n blocks.  (N, 32, 32, channels) → (N, classes); other sizes work too."""
 
     def __init__(self, n, classes, channels):
-        self.conv1 = Conv2d(channels, 16, 3, padding=1)                                    # 32×32×16
-        self.layer1 = Sequential(*[Block(16) for _ in range(n)])                           # 32×32×16
-        self.layer2 = Sequential(DownBlock(16, 32, 2), *[Block(32) for _ in range(n - 1)])  # 16×16×32
-        self.layer3 = Sequential(DownBlock(32, 64, 2), *[Block(64) for _ in range(n - 1)])  # 8×8×64
-        self.bn, self.relu, self.pool = BatchNorm2d(64), ReLU(), GlobalAvgPool2d()         # 64
+        self.conv1 = Conv2d(channels, 16, 3, padding=1)                       # 32×32×16
+        self.layer1 = Sequential(*[Block(16) for _ in range(n)])              # 32×32×16
+        self.layer2 = Sequential(DownBlock(16, 32), *[Block(32) for _ in range(n - 1)])  # 16×16×32
+        self.layer3 = Sequential(DownBlock(32, 64), *[Block(64) for _ in range(n - 1)])  # 8×8×64
+        self.bn, self.relu, self.pool = BatchNorm2d(64), ReLU(), GlobalAvgPool2d()       # 64
         self.fc = Linear(64, classes)
 
     def forward(self, x):
-        for layer in (self.conv1, self.layer1, self.layer2, self.layer3, self.bn, self.relu, self.pool, self.fc):
-            x = layer.forward(x)
-        return x
+        x = self.layer3.forward(self.layer2.forward(self.layer1.forward(self.conv1.forward(x))))
+        return self.fc.forward(self.pool.forward(self.relu.forward(self.bn.forward(x))))
 
     def backward(self, dy):
-        for layer in (self.fc, self.pool, self.relu, self.bn, self.layer3, self.layer2, self.layer1, self.conv1):
-            dy = layer.backward(dy)
-        return dy
+        dx = self.bn.backward(self.relu.backward(self.pool.backward(self.fc.backward(dy))))
+        dx = self.layer1.backward(self.layer2.backward(self.layer3.backward(dx)))
+        return self.conv1.backward(dx)
 
 
 MODELS = {f"resnet{6 * n + 2}": partial(ResNetCifar, n) for n in (1, 3, 5, 7, 9, 18)}

@@ -1,1 +1,4 @@
-"""The arithmetic. Read reference.py first; layers import gemm, conv, norm and pool, which pick the fast version."""
+"""The arithmetic. Read reference.py first.
+
+Layers import gemm, conv, norm and pool, which pick the fast version.
+"""

@@ -1,8 +1,9 @@
-"""Exact integer products through floating-point or tensor-core BLAS: the portable fast version of reference.py.
+"""Exact integer products by float or tensor-core BLAS: the portable fast version of reference.py.
 
-Codes are centred privately (uint8 − 128), images become columns block by block in cache, and the contraction is cut into slabs
-short enough that no partial sum is rounded or wraps: float32 BLAS on a CPU, int8 × int8 → int32 on a GPU. Float operands
-(Identity) take the same road without centring. What leaves is bit for bit what reference.py gives for integers.
+Codes are centred privately (uint8 − 128), images become columns block by block in cache, and the
+contraction is cut into slabs short enough that no partial sum is rounded or wraps: float32 BLAS on
+a CPU, int8 × int8 → int32 on a GPU. Float operands (Identity) take the same road without centring.
+What leaves is bit for bit what reference.py gives for integers.
 """
 import numpy as np
 
@@ -10,13 +11,14 @@ from minifqt.backend import array_module, map_blocks
 from minifqt.kernels.reference import epilogue, first_to_last, output_size
 from minifqt.qtensor import QTensor
 
-PARTS = 8                                                 # partial sums of wgrad: fixed, so that threads change no float sum
+# Partial sums of wgrad: fixed, so that threads change no float sum.
+PARTS = 8
 
 
 class Floats:
     """Plain products of Identity operands, float32 or float64."""
 
-    exact, columns = False, 1 << 18
+    exact, columns = False, 1 << 20
 
     def __init__(self, dtype):
         self.dtype = self.total = dtype
@@ -30,9 +32,9 @@ class Floats:
 
 
 class Sgemm:
-    """Integers in float32 BLAS: all partial sums are integers below 2²⁴, which float32 holds, in any order."""
+    """Integers in float32 BLAS: partial sums are integers below 2²⁴, held exactly, in any order."""
 
-    exact, dtype, total, columns = True, "float32", "float64", 1 << 18
+    exact, dtype, total, columns = True, "float32", "float64", 1 << 20
     slab = 2**24 // (128 * 128)                           # 1,024 terms of centred codes
 
     def load(self, codes):
@@ -49,7 +51,7 @@ class Sgemm:
 
 
 class TensorCores:
-    """Integers in int8 GEMMs with int32 accumulation (cuBLAS): cupy.matmul on int8 would return int8, wrapped."""
+    """int8 GEMMs with int32 accumulation (cuBLAS): cupy.matmul would return int8, wrapped."""
 
     exact, dtype, total, columns = True, "int8", "float64", 1 << 62
     slab = 65536                                          # · 128 · 128 = 2³⁰ < 2³¹
@@ -66,27 +68,30 @@ class TensorCores:
         slabs = [slice(start, start + self.slab) for start in range(0, a.shape[1], self.slab)]
         return sum(self._product(a[:, s], b[:, s]).astype("float64") for s in slabs)
 
-    def _product(self, a, b):                             # zeros up to what the tensor cores take: K and J multiples of 16
+    def _product(self, a, b):
+        """a bᵀ, with zeros up to what the tensor cores take: K and J multiples of 16."""
         xp, (M, K), J = array_module(a), a.shape, b.shape[0]
-        left, right = xp.zeros((M, -(-K // 16) * 16), "int8"), xp.zeros((-(-J // 16) * 16, -(-K // 16) * 16), "int8")
+        left, right = (xp.zeros((M, -(-K // 16) * 16), "int8"),
+                       xp.zeros((-(-J // 16) * 16, -(-K // 16) * 16), "int8"))
         left[:, :K], right[:J, :K] = a, b
         return self.gemm(left, right)[:, :J]
 
 
 def gemm_ex(a, b):
-    """a bᵀ by cuBLAS gemmEx on int8 tensor cores.  CuPy int8 (M, K), (J, K) → int32 (M, J); K, J multiples of 4.
+    """a bᵀ by cuBLAS gemmEx.  CuPy int8 (M, K), (J, K) → int32 (M, J); K, J multiples of 4.
 
     Row-major a bᵀ is cuBLAS's column-major TN form, the only one that int8 tensor cores take.
     """
     xp, (M, K), J = array_module(a), a.shape, b.shape[0]
     cublas, handle = xp.cuda.cublas, xp.cuda.device.get_cublas_handle()
     out, one, zero = xp.empty((M, J), "int32"), np.array(1, "int32"), np.array(0, "int32")
-    int8, int32, compute = 3, 10, 72                      # CUDA_R_8I, CUDA_R_32I, CUBLAS_COMPUTE_32I
+    int8, int32, compute = 3, 10, 72  # CUDA_R_8I, CUDA_R_32I, CUBLAS_COMPUTE_32I
     mode = cublas.getPointerMode(handle)
     cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
     try:
-        cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, J, M, K, one.ctypes.data, b.data.ptr, int8, K,
-                      a.data.ptr, int8, K, zero.ctypes.data, out.data.ptr, int32, J, compute, -1)
+        cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, J, M, K,
+                      one.ctypes.data, b.data.ptr, int8, K, a.data.ptr, int8, K,
+                      zero.ctypes.data, out.data.ptr, int32, J, compute, -1)
     finally:
         cublas.setPointerMode(handle, mode)
     return out
@@ -107,18 +112,21 @@ class Terms:
     """The zeros, scales and centres of two integer operands, as they stand in the result."""
 
     def __init__(self, a, b, turn_a=lambda v: v, turn_b=lambda v: v):
-        self.zero_a, self.zero_b = turn_a(a.zero.astype("float64")), turn_b(b.zero.astype("float64"))
+        self.zero_a, self.zero_b = (turn_a(a.zero.astype("float64")),
+                                    turn_b(b.zero.astype("float64")))
         self.scale = turn_a(a.scale.astype("float64")) * turn_b(b.scale.astype("float64"))
         self.centre_a, self.centre_b = centre(a.codes), centre(b.codes)
-        on_cpu = array_module(a.codes) is np              # elsewhere the answer would cost a sync: all terms are formed
-        self.b1_matters, self.a1_matters = (bool(z.any()) if on_cpu else True for z in (self.zero_a, self.zero_b))
+        on_cpu = array_module(a.codes) is np              # else asking costs a sync: form all terms
+        self.b1_matters, self.a1_matters = (bool(z.any()) if on_cpu else True
+                                            for z in (self.zero_a, self.zero_b))
 
     def finish(self, ab, b1, a1, n, rows=None):
-        """Epilogue of sums over centred codes; a1 may be None where neither a centre nor a zero of b needs it.
+        """Epilogue of sums over centred codes; a1 may be None if no centre or zero of b needs it.
 
         rows  the samples of this block, where a's scale and zero may differ from sample to sample
         """
-        scale, zero_a = (v if rows is None or len(v) == 1 else v[rows] for v in (self.scale, self.zero_a))
+        scale, zero_a = (v if rows is None or len(v) == 1 else v[rows]
+                         for v in (self.scale, self.zero_a))
         ab = ab + self.centre_a * b1 if self.centre_a else ab
         if self.centre_b:
             ab = ab + self.centre_b * a1 + self.centre_a * self.centre_b * n
@@ -145,7 +153,7 @@ def matmul(a, b):
             sums = terms.finish(sums, b1, a1, K, rows)
         y[rows] = sums
 
-    run(engine, block, M, 512)
+    run(engine, block, M, max(64, -(-M // PARTS)))
     return y
 
 
@@ -157,15 +165,22 @@ def conv_fprop(x, w, stride, padding):
 
 
 def conv_dgrad(g, w, size, stride, padding):
-    """g (N, P, Q, K), w (K, R, S, C) → (N, H, W, C), contracts R, S, K: g, spread by the stride, correlated with the turned w."""
+    """g (N, P, Q, K), w (K, R, S, C) → (N, H, W, C), contracts R, S, K.
+
+    g, spread by the stride, is correlated with the turned w.
+    """
     R, S = w.shape[1:3]
-    turned = QTensor(w.codes[:, ::-1, ::-1].swapaxes(0, 3), first_to_last(w.scale), first_to_last(w.zero))   # (C, R, S, K)
+    turned = QTensor(                                     # (C, R, S, K)
+        w.codes[:, ::-1, ::-1].swapaxes(0, 3), first_to_last(w.scale), first_to_last(w.zero))
     canvas, offset = (size[0] + R - 1, size[1] + S - 1), (R - 1 - padding, S - 1 - padding)
     return correlate(g, turned, canvas, offset, stride, size, 1)
 
 
 def correlate(a, b, canvas, offset, spread, out, stride):
-    """Σ over taps and channels of b (K, R, S, C) times a (N, …, C) placed on a canvas of absent pixels → (N, *out, K)."""
+    """Σ over taps and channels of b (K, R, S, C) times a (N, …, C) → (N, *out, K).
+
+    a is placed on a canvas of absent pixels.
+    """
     engine, xp = engine_of(a, b), array_module(a.codes)
     (K, R, S, C), (P, Q), N = b.shape, out, len(a.codes)
     weights = xp.ascontiguousarray(engine.load(b.codes).reshape(K, -1))
@@ -176,7 +191,8 @@ def correlate(a, b, canvas, offset, spread, out, stride):
         present = windows(place(ones, engine, canvas, offset, spread), (R, S), (P, Q), stride)
         n = present.sum(axis=1, dtype="float64").reshape(1, P, Q, 1)
         b1 = engine.dot(present, weights).reshape(1, P, Q, K)
-    band = max(1, min(P, engine.columns // max(1, Q * R * S * C)))            # rows of output whose columns fit the cache
+    # Rows of output whose columns fit the cache.
+    band = max(1, min(P, engine.columns // max(1, Q * R * S * C)))
 
     def block(rows):
         image = place(a.codes[rows], engine, canvas, offset, spread)
@@ -191,14 +207,16 @@ def correlate(a, b, canvas, offset, spread, out, stride):
             y[rows, top:top + p] = sums
 
     needs_a1 = engine.exact and (terms.centre_b or terms.a1_matters)
-    run(engine, block, N, max(1, engine.columns // max(1, P * Q * R * S * C)))
+    fit = engine.columns // max(1, P * Q * R * S * C)     # images whose columns fit the cache
+    run(engine, block, N, max(1, min(fit, -(-N // PARTS))))
     return y
 
 
 def conv_wgrad(g, x, kernel, stride, padding):
     """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q.
 
-    A channel of ones beside both operands, absent where x is padded, yields all four sums in one product.
+    A channel of ones beside both operands, absent where x is padded, yields all four sums in one
+    product.
     """
     engine, xp = engine_of(g, x), array_module(g.codes)
     (N, P, Q, K), (_, H, W, C), (R, S) = g.shape, x.shape, kernel
@@ -222,7 +240,8 @@ def conv_wgrad(g, x, kernel, stride, padding):
     total = sum(run(engine, part, N, -(-N // PARTS))).reshape(K + one, R, S, C + one)
     if not engine.exact:
         return total.astype(engine.dtype)
-    return Terms(g, x, turn_a=first_to_last).finish(total[:K, ..., :C], total[K:, ..., :C], total[:K, ..., C:], total[K:, ..., C:])
+    return Terms(g, x, turn_a=first_to_last).finish(
+        total[:K, ..., :C], total[K:, ..., :C], total[:K, ..., C:], total[K:, ..., C:])
 
 
 def run(engine, function, count, size):
@@ -233,9 +252,10 @@ def run(engine, function, count, size):
 
 
 def place(codes, engine, canvas, offset, spread, one=0):
-    """Centred codes on a canvas of zeros, pixel (p, q) at offset + spread · (p, q); `one` adds a channel of ones to them.
+    """Centred codes on a canvas of zeros, pixel (p, q) at offset + spread · (p, q).
 
-    (n, P, Q, C) → (n, *canvas, C + one). Pixels that fall outside are those that no tap reads.
+    (n, P, Q, C) → (n, *canvas, C + one): `one` adds a channel of ones to them. Pixels that fall
+    outside are those that no tap reads.
     """
     xp, (n, P, Q, C) = array_module(codes), codes.shape
     image = xp.zeros((n, *canvas, C + one), engine.dtype)
@@ -257,10 +277,10 @@ def inside(length, edge, shift, spread):
 
 
 def windows(image, kernel, out, stride):
-    """Columns (n · P · Q, R · S · C): the S taps of a filter row are one run of S · C numbers in NHWC."""
+    """Columns (n · P · Q, R · S · C): a filter row's S taps are a run of S · C numbers in NHWC."""
     xp, (R, S), (P, Q) = array_module(image), kernel, out
     n, _, _, C = image.shape
     by_image, by_row, by_pixel, item = image.strides
-    view = xp.lib.stride_tricks.as_strided(image, (n, P, Q, R, S * C),
-                                           (by_image, stride * by_row, stride * by_pixel, by_row, item))
+    view = xp.lib.stride_tricks.as_strided(
+        image, (n, P, Q, R, S * C), (by_image, stride * by_row, stride * by_pixel, by_row, item))
     return view.reshape(n * P * Q, R * S * C)

@@ -1,7 +1,7 @@
-"""The three products of a convolution: laws checked here, arithmetic in blas.py (plain: reference.conv_*).
+"""A convolution's three products: laws checked here, sums in blas.py (plain: reference.conv_*).
 
-Weights do not vary along their taps, images not along their pixels: a patch gathers pixels, so every axis but the one that
-survives in the result is contracted.
+Weights do not vary along their taps, images not along their pixels: a patch gathers pixels, so
+every axis but the one that survives in the result is contracted.
 """
 from minifqt.kernels import blas
 from minifqt.kernels.gemm import alike
@@ -27,7 +27,7 @@ def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int):
 
 
 def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int):
-    """g (N, P, Q, K), w (K, R, S, C) → (N, H, W, C) with (H, W) = size, contracts R, S, K; then rows unmixed."""
+    """g (N, P, Q, K), w (K, R, S, C) → (N, *size, C), contracts R, S, K; then rows unmixed."""
     require_unmixed("dgrad", w)
     require_factorable("dgrad", g, (1, 2, 3))
     require_factorable("dgrad", w, (0, 1, 2))

@@ -1,4 +1,4 @@
-"""The three products of a linear layer: laws checked here, arithmetic in blas.py (plain: reference.matmul)."""
+"""A linear layer's three products: laws checked here, sums in blas.py (plain: reference.matmul)."""
 from minifqt.kernels import blas
 from minifqt.qtensor import QTensor, as_floats, common_dtype, require_factorable, require_unmixed
 

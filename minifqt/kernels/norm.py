@@ -1,6 +1,7 @@
 """Sums over batch and pixels, and batch normalisation's two passes each way.
 
-Sums are float64 (float32 partial sums of 16 fixed rows), in an order cut by shape, rounded once: the same for any thread count.
+Sums are float64 (float32 partial sums of 16 fixed rows), in an order cut by shape, rounded once:
+the same for any thread count.
 """
 import numpy as np
 
@@ -33,7 +34,8 @@ def statistics(x: Array) -> tuple[Array, Array]:
     return mean, (sum(map_blocks(squares, len(rows), _rows(rows))) / count).astype(x.dtype)
 
 
-def normalize(x: Array, mean: Array, inv_std: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+def normalize(x: Array, mean: Array, inv_std: Array, weight: Array,
+              bias: Array) -> tuple[Array, Array]:
     """x̂ = (x − mean) · inv_std and y = weight · x̂ + bias.  x (…, C), the rest (C,)."""
     if array_module(x) is not np:
         normal = (x - mean) * inv_std
@@ -61,12 +63,14 @@ def backward(dy: Array, normal: Array, inv_std: Array, weight: Array) -> tuple[A
     dbias = channel_sum(dy)
     if xp is not np:
         dweight = channel_sum(dy * normal)
-        dx = weight * inv_std * (dy - (dbias / count).astype(dy.dtype) - normal * (dweight / count).astype(dy.dtype))
+        dx = weight * inv_std * (dy - (dbias / count).astype(dy.dtype)
+                                 - normal * (dweight / count).astype(dy.dtype))
         return dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)
     rows, hats, dx = _wide(dy), _wide(normal), np.empty_like(dy, order="C")
     out, size = _wide(dx), _rows(rows)
     dweight = sum(map_blocks(lambda part: _partial(rows[part] * hats[part], C), len(rows), size))
-    mean_dy, mean_dy_hat, gain = (_tile(v.astype(dy.dtype), dy) for v in (dbias / count, dweight / count, weight * inv_std))
+    mean_dy, mean_dy_hat, gain = (_tile(v.astype(dy.dtype), dy)
+                                  for v in (dbias / count, dweight / count, weight * inv_std))
 
     def block(part):
         v = np.multiply(hats[part], mean_dy_hat, out=out[part])
@@ -79,7 +83,10 @@ def backward(dy: Array, normal: Array, inv_std: Array, weight: Array) -> tuple[A
 
 
 def _wide(x):
-    """(N, H, W, C) as rows of W · C numbers: long runs, so that per-channel factors repeat inside them.  A view of a C-ordered x."""
+    """(N, H, W, C) as rows of W · C numbers, a view of a C-ordered x.
+
+    Long runs, so that per-channel factors repeat inside them.
+    """
     return x.reshape(-1, x.shape[-2] * x.shape[-1]) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
 
 
@@ -92,7 +99,7 @@ def _rows(rows):
 
 
 def _partial(rows, C):
-    """Σ of each channel over rows (m, L · C): float32 over 16 rows at equal distance, then float64."""
+    """Σ of each channel over rows (m, L · C): float32 over 16 equidistant rows, then float64."""
     whole = len(rows) // 16 * 16
     first = rows[:whole].reshape(16, -1).sum(axis=0).reshape(-1, C).sum(axis=0, dtype="float64")
     return first + rows[whole:].reshape(-1, C).sum(axis=0, dtype="float64")

@@ -1,4 +1,4 @@
-"""Max pooling by comparing taps in order (the first maximum wins a tie), and the mean over an image."""
+"""Max pooling by comparing taps in order (the first maximum wins a tie), and an image's mean."""
 import numpy as np
 
 from minifqt.backend import Array, array_module
@@ -6,13 +6,14 @@ from minifqt.kernels.reference import output_size, taps
 
 
 def max_forward(x: Array, kernel: int, stride: int, padding: int) -> tuple[Array, Array]:
-    """Maximum of each window and the tap that held it.  (N, H, W, C) → (N, P, Q, C) twice, the second int16.
+    """Maximum of each window and the tap that held it.
 
-    Padding is −∞: it never wins.
+    (N, H, W, C) → (N, P, Q, C) twice, the second int16. Padding is −∞: it never wins.
     """
     xp = array_module(x)
     P, Q = output_size(x.shape[1:3], (kernel, kernel), stride, padding)
-    padded = xp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-np.inf)
+    padded = xp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)),
+                    constant_values=-np.inf)
     best, winner = taps(padded, 0, 0, P, Q, stride).copy(), None
     winner = xp.zeros(best.shape, "int16")
     for tap, (r, s) in enumerate(np.ndindex(kernel, kernel)):
@@ -23,8 +24,9 @@ def max_forward(x: Array, kernel: int, stride: int, padding: int) -> tuple[Array
     return best, winner
 
 
-def max_backward(dy: Array, winner: Array, size: tuple, kernel: int, stride: int, padding: int) -> Array:
-    """dy goes to the pixel that won, summed where windows overlap.  (N, P, Q, C) → (N, *size, C)."""
+def max_backward(dy: Array, winner: Array, size: tuple, kernel: int, stride: int,
+                 padding: int) -> Array:
+    """dy goes to the winning pixel, summed where windows overlap.  (N, P, Q, C) → (N, *size, C)."""
     xp, (N, P, Q, C) = array_module(dy), dy.shape
     dx = xp.zeros((N, size[0] + 2 * padding, size[1] + 2 * padding, C), dy.dtype)
     for tap, (r, s) in enumerate(np.ndindex(kernel, kernel)):

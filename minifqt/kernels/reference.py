@@ -1,22 +1,24 @@
 """The arithmetic in its plainest form: what every fast kernel must equal. Read this first.
 
-It refuses to be fast. Integer products are int64, the four sums of a product with zeros are written out, and each
-quantizer is a few lines. The fast versions: blas.py (products), rounding.py (quantizers).
+It refuses to be fast. Integer products are int64, the four sums of a product with zeros are written
+out, and each quantizer is a few lines. The fast versions: blas.py (products), rounding.py
+(quantizers).
 """
 import numpy as np
 
 from minifqt.backend import array_module
 from minifqt.qtensor import QTensor
 
-UNIT = 65536                                              # fixed-point steps in one code step: 16 bits of noise
+UNIT = 65536                                              # a code step in fixed point: 16-bit noise
 
 
-# ---- products --------------------------------------------------------------------------------------------------------
+# ---- products ------------------------------------------------------------------------------------
 
 def epilogue(ab, b1, a1, n, scale, zero_a, zero_b):
     """float32 of scale · Σ(a − zero_a)(b − zero_b), from Σab, Σ1b, Σa1, Σ11, all exact in float64.
 
-    One order on every device, rounded once: a zero can be 4·10⁷ (a row of 1000 ± 0.003) and its terms nearly cancel.
+    One order on every device, rounded once: a zero can be 4·10⁷ (a row of 1000 ± 0.003) and its
+    terms nearly cancel.
     b1 is None where every zero_a is 0, a1 where every zero_b is 0: a term less, the same bits.
     """
     y = ab
@@ -30,7 +32,7 @@ def epilogue(ab, b1, a1, n, scale, zero_a, zero_b):
 
 
 def expand(sums, a, b, turn_a=lambda v: v, turn_b=lambda v: v):
-    """A product of QTensors: the bilinear `sums` of their floats, or four sums of integer codes and the epilogue.
+    """A product of QTensors: bilinear `sums` of floats, or four of integer codes and the epilogue.
 
     turn_*  moves a scale's axes to where they stand in the result
     """
@@ -41,12 +43,12 @@ def expand(sums, a, b, turn_a=lambda v: v, turn_b=lambda v: v):
     ones_a, ones_b = xp.ones_like(a_codes), xp.ones_like(b_codes)
     scale = turn_a(a.scale.astype("float64")) * turn_b(b.scale.astype("float64"))
     zero_a, zero_b = turn_a(a.zero.astype("float64")), turn_b(b.zero.astype("float64"))
-    return epilogue(sums(a_codes, b_codes).astype("float64"), sums(ones_a, b_codes), sums(a_codes, ones_b),
-                    sums(ones_a, ones_b), scale, zero_a, zero_b)
+    return epilogue(sums(a_codes, b_codes).astype("float64"), sums(ones_a, b_codes),
+                    sums(a_codes, ones_b), sums(ones_a, ones_b), scale, zero_a, zero_b)
 
 
 def first_to_last(v):
-    """(K, 1, …, 1) → (1, …, 1, K) and back: where an output channel's scale stands in a weight and in an output."""
+    """(K, 1, …, 1) ↔ (1, …, 1, K): an output channel's scale in a weight and in an output."""
     return v.swapaxes(0, -1)
 
 
@@ -56,28 +58,37 @@ def matmul(a, b):
 
 
 def conv_fprop(x, w, stride, padding):
-    """x (N, H, W, C), w (K, R, S, C) → (N, P, Q, K), contracts R, S, C. Padding is a real zero: absent from all four sums."""
+    """x (N, H, W, C), w (K, R, S, C) → (N, P, Q, K), contracts R, S, C.
+
+    Padding is a real zero: absent from all four sums.
+    """
     P, Q = output_size(x.shape[1:3], w.shape[1:3], stride, padding)
 
     def sums(x, w):
-        return sum(taps(pad(x, padding), r, s, P, Q, stride) @ w[:, r, s].T for r, s in np.ndindex(w.shape[1:3]))
+        return sum(taps(pad(x, padding), r, s, P, Q, stride) @ w[:, r, s].T
+                   for r, s in np.ndindex(w.shape[1:3]))
 
     return expand(sums, x, w, turn_b=first_to_last)
 
 
 def conv_wgrad(g, x, kernel, stride, padding):
     """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q."""
-    (N, P, Q, K), C = g.shape, x.shape[3]
+    (_, P, Q, K), C = g.shape, x.shape[3]
 
     def sums(g, x):
-        columns = [taps(pad(x, padding), r, s, P, Q, stride).reshape(-1, C) for r, s in np.ndindex(*kernel)]
-        return array_module(g).stack([g.reshape(-1, K).T @ c for c in columns], axis=1).reshape(K, *kernel, C)
+        columns = [taps(pad(x, padding), r, s, P, Q, stride).reshape(-1, C)
+                   for r, s in np.ndindex(*kernel)]
+        return array_module(g).stack(
+            [g.reshape(-1, K).T @ c for c in columns], axis=1).reshape(K, *kernel, C)
 
     return expand(sums, g, x, turn_a=first_to_last)
 
 
 def conv_dgrad(g, w, size, stride, padding):
-    """g (N, P, Q, K), w (K, R, S, C) → (N, H, W, C), contracts R, S, K: each product goes back to where its tap came from."""
+    """g (N, P, Q, K), w (K, R, S, C) → (N, H, W, C), contracts R, S, K.
+
+    Each product goes back to where its tap came from.
+    """
     (N, P, Q, _), (_, R, S, C) = g.shape, w.shape
 
     def sums(g, w):
@@ -101,16 +112,19 @@ def taps(x, r, s, P, Q, stride):
 def output_size(size, kernel, stride, padding):
     """(P, Q) of a convolution; ValueError where the kernel does not fit into the padded image."""
     if stride < 1 or padding < 0:
-        raise ValueError(f"stride {stride}, padding {padding}: expected stride ≥ 1 and padding ≥ 0.")
+        raise ValueError(
+            f"stride {stride}, padding {padding}: expected stride ≥ 1 and padding ≥ 0.")
     if any(length + 2 * padding < taps for length, taps in zip(size, kernel, strict=True)):
-        raise ValueError(f"a kernel of {tuple(kernel)} does not fit into an image of {tuple(size)} with padding {padding}.")
-    return tuple((length + 2 * padding - taps) // stride + 1 for length, taps in zip(size, kernel, strict=True))
+        raise ValueError(f"a kernel of {tuple(kernel)} does not fit into an image of {tuple(size)} "
+                         f"with padding {padding}.")
+    return tuple((length + 2 * padding - taps) // stride + 1
+                 for length, taps in zip(size, kernel, strict=True))
 
 
-# ---- rounding and quantizers -----------------------------------------------------------------------------------------
+# ---- rounding and quantizers ---------------------------------------------------------------------
 
 def grid(low, high, bins):
-    """scale and inv of `bins` steps from low to high: inv turns x − low into fixed point, 65536 to a step.
+    """scale and inv of `bins` steps low .. high: inv turns x − low into fixed point, 65536 a step.
 
     A constant row is exact: inv 0, so codes 0, with scale |low| (1 for zeros).
     """
@@ -121,18 +135,19 @@ def grid(low, high, bins):
 
 
 def fixed_point(x, low, inv):
-    """x in 1/65536 of a step above low: int32, at most 65536 · bins + 1 < 2²⁴, hence exact in float32 too."""
+    """x in 1/65536 of a step above low: int32 ≤ 65536 · bins + 1 < 2²⁴, so exact in float32 too."""
     return array_module(x).rint((x - low) * inv).astype("int32")
 
 
 def round_codes(fixed, h, bins):
-    """The one rounding: fixed + noise, cut to whole steps. The minimum catches rint's + 1 at the top."""
+    """The one rounding: fixed + noise, cut to steps. The minimum catches rint's + 1 at the top."""
     return (array_module(fixed).minimum(fixed + h, UNIT * bins + UNIT - 1) >> 16).astype("uint8")
 
 
 def psq(x, h, bins):
-    """Per-sample quantizer: one scale and one zero for each row of x (N, D); `x.reshape(1, -1)` makes it per-tensor (PTQ).
+    """Per-sample quantizer: one scale and one zero for each row of x (N, D).
 
+    `x.reshape(1, -1)` makes it per-tensor (PTQ).
     x     (N, D) float32; a range outside 2⁻¹⁰⁰ .. 2¹²⁰ is scaled by the caller
     h     (N, D) 16-bit noise, uint16; 32768 everywhere rounds to nearest
     bins  2**bits − 1 steps from a row's minimum to its maximum
@@ -146,16 +161,18 @@ def psq(x, h, bins):
 
 
 def integer_zero(low, high, bins):
-    """(scale, zero) of the finest clip-free grid with an integer zero code, for ranges that contain 0.
+    """(scale, zero) of the finest clip-free grid with integer zero code, for ranges containing 0.
 
-    The scale max(high / (B − z), −low / z) falls and rises in z, so the best integer is a neighbour of −low · B / (high − low).
+    The scale max(high / (B − z), −low / z) falls and rises in z, so the best integer is a neighbour
+    of −low · B / (high − low).
     Departs from the authors' code, which floors it and divides by 0 where −low is below one step.
     """
     xp = array_module(low)
     best = -low * (bins / xp.where(high == low, 1, high - low))
 
     def scale_at(z):
-        return xp.maximum(xp.where(high > 0, high / xp.maximum(bins - z, 1), 0), xp.where(low < 0, -low / xp.maximum(z, 1), 0))
+        return xp.maximum(xp.where(high > 0, high / xp.maximum(bins - z, 1), 0),
+                          xp.where(low < 0, -low / xp.maximum(z, 1), 0))
 
     least = xp.where(low < 0, 1, 0).astype(low.dtype)
     most = xp.where(high > 0, bins - 1, bins).astype(low.dtype)
@@ -167,9 +184,10 @@ def integer_zero(low, high, bins):
 
 
 def anchored_fixed(x, shift, inv, code, lowest, highest):
-    """x − shift in 1/65536 of a step, from the integer `code` on; limited to the codes before the noise is added.  int32.
+    """x − shift in 1/65536 of a step, from the integer `code` on.  int32.
 
-    With shift 0 and an integer zero code the number 0 is exact, and no code wraps.
+    Limited to the codes before the noise is added: with shift 0 and an integer zero code the number
+    0 is exact, and no code wraps.
     """
     xp = array_module(x)
     fixed = xp.rint((x - shift) * inv) + UNIT * code
@@ -181,24 +199,30 @@ def anchored_codes(fixed, h):
     return fixed + h >> 16
 
 
-# ---- block Householder -----------------------------------------------------------------------------------------------
+# ---- block Householder ---------------------------------------------------------------------------
 
 def householder(n):
-    """The n × n reflection Q = I − 2vvᵀ/vᵀv, v = e₁ − 1/√n: symmetric, its own inverse, first row and column 1/√n."""
+    """The n × n reflection Q = I − 2vvᵀ/vᵀv, v = e₁ − 1/√n.
+
+    Symmetric, its own inverse, first row and column 1/√n.
+    """
     v = np.eye(n)[0] - 1 / np.sqrt(n)
     return np.eye(n) - (2 / max(v @ v, 1e-300)) * np.outer(v, v)
 
 
 def bhq_transform(ranges):
-    """The dense T (N, N) of BHQ for rows of these ranges (float64): sort, group, scale, reflect, one group after another.
+    """The dense T (N, N) of BHQ for rows of these ranges (float64).
 
-    Row r of T·x is the r-th mixed row: groups in order, a group's leader first. Rows with the same range keep their order.
-    Source: arXiv 2010.14298, the block Householder quantizer; grouping and scales as in the authors' code.
+    Sort, group, scale, reflect, one group after another. Row r of T·x is the r-th mixed row: groups
+    in order, a group's leader first. Rows with the same range keep their order.
+    Source: arXiv 2010.14298, the block Householder quantizer; grouping and scales as in the
+    authors' code.
     """
     N = len(ranges)
     order = np.argsort(-ranges, kind="stable")
     v = ranges[order]
-    k = next(k for k in range(1, N) if k * v[N - k - 1] > v[:N - k].sum())   # small rows; there is one for N ≥ 3
+    # k small rows; there is such a k for N ≥ 3.
+    k = next(k for k in range(1, N) if k * v[N - k - 1] > v[:N - k].sum())
     leaders = N - k
     ends = np.rint(np.cumsum(v[:leaders]) * k / v[:leaders].sum()).astype(int)
     T, row, start = np.zeros((N, N)), 0, 0

@@ -1,6 +1,6 @@
-"""Ranges and the one rounding, in cache-sized blocks on all threads; bit for bit reference.py, which is plainer.
+"""Ranges and the one rounding, in cache-sized blocks on all threads; bit for bit reference.py.
 
-On a GPU the reference itself runs: whole arrays, no sync.
+On a GPU the reference, which is plainer, itself runs: whole arrays, no sync.
 """
 import numpy as np
 
@@ -8,7 +8,7 @@ from minifqt.backend import Array, array_module, map_blocks
 from minifqt.kernels import reference
 from minifqt.kernels.reference import UNIT
 
-_BLOCK = 1 << 16                                          # elements: 256 kB of float32, within a core's second-level cache
+_BLOCK = 1 << 16                                          # float32s, 256 kB: in a core's L2 cache
 
 
 def row_ranges(x: Array) -> tuple[Array, Array]:
@@ -26,7 +26,7 @@ def row_ranges(x: Array) -> tuple[Array, Array]:
 
 
 def affine_codes(x: Array, low: Array, inv: Array, h: Array, bins: int) -> Array:
-    """reference.round_codes(reference.fixed_point(x, low, inv), h, bins).  x, h (N, D); low, inv (N, 1) → uint8 (N, D)."""
+    """reference.round_codes of fixed_point.  x, h (N, D); low, inv (N, 1) → uint8 (N, D)."""
     if array_module(x) is not np:
         return reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
 
@@ -43,13 +43,19 @@ def affine_codes(x: Array, low: Array, inv: Array, h: Array, bins: int) -> Array
     return _in_blocks(rounded, x, h, np.uint8, low, inv)
 
 
-def anchored_codes(x: Array, h: Array, shift: Array, inv: Array, code: Array, limits: tuple, dtype) -> Array:
-    """reference.anchored_codes as dtype.  x, h (N, D); shift, inv, code (N, 1); limits (lowest, highest)."""
+def anchored_codes(x: Array, h: Array, shift: Array, inv: Array, code: Array, limits: tuple,
+                   dtype) -> Array:
+    """reference.anchored_codes as dtype.
+
+    x, h (N, D); shift, inv, code (N, 1); limits (lowest, highest)
+    """
     if array_module(x) is not np:
-        return reference.anchored_codes(reference.anchored_fixed(x, shift, inv, code, *limits), h).astype(dtype)
+        return reference.anchored_codes(
+            reference.anchored_fixed(x, shift, inv, code, *limits), h).astype(dtype)
 
     def rounded(x, shift, inv, code, h, out):
-        out[...] = reference.anchored_codes(reference.anchored_fixed(x, shift, inv, code, *limits), h)
+        out[...] = reference.anchored_codes(
+            reference.anchored_fixed(x, shift, inv, code, *limits), h)
 
     return _in_blocks(rounded, x, h, dtype, shift, inv, code)
 

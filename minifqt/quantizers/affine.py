@@ -14,12 +14,13 @@ SMALLEST = np.float32(2.0**-149)                          # a scale below it wou
 def as_rows(x: Array, rows: int) -> Array:
     """x as a (rows, D) float32 matrix.  ValueError where it is empty."""
     if x.size == 0:
-        raise ValueError(f"an array of shape {x.shape} is empty: a quantizer needs at least one number.")
+        raise ValueError(
+            f"an array of shape {x.shape} is empty: a quantizer needs at least one number.")
     return x.reshape(rows, -1).astype("float32", copy=False)
 
 
 def finite_ranges(x: Array, stream: Stream | None = None) -> tuple[Array, Array]:
-    """Minimum and maximum of each row, (N, 1); raises NonFiniteError with the stream's name ("x" without a stream)."""
+    """Minimum and maximum of each row, (N, 1).  NonFiniteError names the stream ("x" if None)."""
     low, high = rounding.row_ranges(x)
     stream = stream or Streams(0).stream("x")
     stream.require_finite((array_module(x).isfinite(low) & array_module(x).isfinite(high)).all())
@@ -27,9 +28,10 @@ def finite_ranges(x: Array, stream: Stream | None = None) -> tuple[Array, Array]
 
 
 def rescaled(x: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array | int]:
-    """Rows whose range would under- or overflow float32, times 2⁻ᵉ; all others as they are.  x, low, high and e (N, 1).
+    """Rows whose range would under- or overflow float32, times 2⁻ᵉ; all others as they are.
 
-    Exact, so that q(2ᵏx) = 2ᵏ q(x). No absolute epsilon: the authors' 1e-8 erases gradients of that size.
+    Returns x, low, high and e (N, 1). Exact, so that q(2ᵏx) = 2ᵏ q(x). No absolute epsilon: the
+    authors' 1e-8 erases gradients of that size.
     """
     xp = array_module(x)
     largest = xp.maximum(-low, high)
@@ -44,7 +46,7 @@ def rescaled(x: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Ar
 
 @dataclass
 class Grid:
-    """Rows ready to be rounded: (rows − low) · inv is fixed point; codes stand for scale · (codes − zero)."""
+    """Rows to be rounded: (rows − low) · inv is fixed point; codes mean scale · (codes − zero)."""
 
     rows: Array                                           # (N, D)
     low: Array                                            # (N, 1) and so the rest
@@ -54,17 +56,18 @@ class Grid:
 
     def codes(self, h: Array, bins: int) -> Array:
         """uint8 (N, D) from noise h of any shape with as many elements."""
-        return rounding.affine_codes(self.rows, self.low, self.inv, h.reshape(self.rows.shape), bins)
+        return rounding.affine_codes(
+            self.rows, self.low, self.inv, h.reshape(self.rows.shape), bins)
 
     def variance(self, bins: int) -> Array:
-        """scale² · p · (1 − p), p the probability of the higher code: exact for 16-bit noise.  float64."""
+        """scale² · p(1 − p), p the higher code's probability: exact for 16-bit noise.  float64."""
         fixed = reference.fixed_point(self.rows, self.low, self.inv)
         p = (array_module(fixed).minimum(fixed, UNIT * bins) & (UNIT - 1)) / UNIT   # (N, D)
         return self.scale.astype("float64") ** 2 * p * (1 - p)
 
 
 def grid(x: Array, low: Array, high: Array, bins: int, exponent: Array | int = 0) -> Grid:
-    """`bins` steps from low to high in each row of x (N, D); what x stands for is x · 2^exponent."""
+    """`bins` steps from low to high in each row of x (N, D); x stands for x · 2^exponent."""
     xp = array_module(x)
     x, low, high, e = rescaled(x, low, high)
     scale, inv = reference.grid(low, high, bins)

@@ -1,6 +1,7 @@
-"""What a quantizer is: `q(x, stream)` → QTensor, with its exact variance and its bound; Identity; the registry; Bound.
+"""What a quantizer is: `q(x, stream)` → QTensor, with its exact variance and its bound.
 
-It knows no layer and no recipe. Read psq.py next, the shortest real one.
+Also Identity, the registry and Bound. It knows no layer and no recipe. Read psq.py next, the
+shortest real one.
 """
 import logging
 import re
@@ -16,11 +17,13 @@ _REGISTRY: dict[str, type["Quantizer"]] = {}
 
 
 def register(name: str):
-    """Class decorator: the quantizer is usable at once, as NAME followed by its bits.  ValueError for a bad or taken name."""
+    """Class decorator: usable at once as NAME and its bits.  ValueError for a bad or taken name."""
     if not re.fullmatch(r"[a-z]([a-z0-9_]*[a-z_])?", name):
-        raise ValueError(f"quantizer name {name!r}: use lower-case letters, digits and _, the last no digit (bits follow it).")
+        raise ValueError(f"quantizer name {name!r}: use lower-case letters, digits and _, "
+                         "the last no digit (bits follow it).")
     if name in _REGISTRY:
-        raise ValueError(f"a quantizer named {name!r} is registered already, {_REGISTRY[name].__name__}: choose another name.")
+        raise ValueError(f"a quantizer named {name!r} is registered already, "
+                         f"{_REGISTRY[name].__name__}: choose another name.")
 
     def add(kind):
         kind.name, _REGISTRY[name] = name, kind
@@ -35,17 +38,19 @@ def names() -> list[str]:
 
 
 def create(name: str, bits: int | None = None) -> "Quantizer":
-    """create("bhq", bits=4), create("identity").  ValueError for an unknown name or bits outside 2..8."""
+    """create("bhq", bits=4), create("identity").  ValueError: unknown name or bits outside 2..8."""
     if name not in _REGISTRY:
         raise ValueError(f"no quantizer is named {name!r}; there are {', '.join(names())}.")
     return _REGISTRY[name](bits)
 
 
 def parse(spec: str) -> tuple["Quantizer", str | None]:
-    """"bhq4" → (BHQ(4), None); "ptq8:nearest" → (PTQ(8), "nearest").  ValueError says what is wrong with the spec."""
-    match = re.fullmatch(r"([a-z][a-z0-9_]*?)(\d*)(?::(nearest|stochastic))?", spec) if isinstance(spec, str) else None
+    """"bhq4" → (BHQ(4), None); "ptq8:nearest" → (PTQ(8), "nearest").  ValueError for a bad spec."""
+    match = (re.fullmatch(r"([a-z][a-z0-9_]*?)(\d*)(?::(nearest|stochastic))?", spec)
+             if isinstance(spec, str) else None)
     if match is None:
-        raise ValueError(f"quantizer {spec!r}: expected a name and its bits, perhaps a rounding: bhq5, ptq8:nearest, identity.")
+        raise ValueError(f"quantizer {spec!r}: expected a name and its bits, perhaps a rounding: "
+                         "bhq5, ptq8:nearest, identity.")
     name, bits, rounding = match.groups()
     return create(name, int(bits) if bits else None), rounding
 
@@ -53,17 +58,19 @@ def parse(spec: str) -> tuple["Quantizer", str | None]:
 class Quantizer:
     """Base of all quantizers: rows are samples, an (N, …) array is an (N, D) matrix.
 
-    A subclass defines `__call__`. It draws one 16-bit number of `stream.bits(x.shape, xp)` an element and adds it in fixed
-    point (65536 to a code step); then `variance` and `bound` below are exact for it as they stand.
+    A subclass defines `__call__`. It draws one 16-bit number of `stream.bits(x.shape, xp)` an
+    element and adds it in fixed point (65536 to a code step); then `variance` and `bound` below are
+    exact for it as they stand.
     bits  2..8.  ValueError otherwise.
     """
 
     name = ""
-    unbiased = True                                       # E[q(x).dequantize()] = x under stochastic rounding
+    unbiased = True                                       # E[x̂] = x under stochastic rounding
 
     def __init__(self, bits: int | None):
         if bits is None or not 2 <= bits <= 8:
-            raise ValueError(f"{self.name} with bits {bits}: expected 2 to 8 bits, as in {self.name}8.")
+            raise ValueError(
+                f"{self.name} with bits {bits}: expected 2 to 8 bits, as in {self.name}8.")
         self.bits = bits
 
     @property
@@ -71,22 +78,24 @@ class Quantizer:
         """Steps from the lowest to the highest code, 2**bits − 1."""
         return 2**self.bits - 1
 
-    def __call__(self, x: Array, stream: Stream) -> QTensor:
-        """Codes of x (N, …) with this stream's noise.  ValueError where x is empty or not finite."""
+    def __call__(self, x: Array, stream: Stream) -> QTensor:  # noqa: ARG002 - subclasses use it
+        """Codes of x (N, …) with this stream's noise.  ValueError if x is empty or not finite."""
         raise TypeError(f"{type(self).__name__} defines no __call__(x, stream).")
 
     def variance(self, x: Array) -> Array:
         """Exact Var of dequantize() for each element, float64, shape of x.
 
-        The rounding is a step in the noise; where it steps is found by bisection, with 17 quantizations. Families whose
-        closed form is cheaper override this.
+        The rounding is a step in the noise; where it steps is found by bisection, with 17
+        quantizations. Families whose closed form is cheaper override this.
         """
         xp = array_module(x)
         lowest = self(x, _Given(xp.zeros(x.shape, "uint16")))
-        below, above = xp.zeros(x.shape, "int32"), xp.full(x.shape, 65536, "int32")   # code steps up at noise `above`, if at all
+        # The code steps up at noise `above`, if at all.
+        below, above = xp.zeros(x.shape, "int32"), xp.full(x.shape, 65536, "int32")
         for _ in range(17):
             middle = (below + above) // 2
-            stepped = self(x, _Given(xp.minimum(middle, 65535).astype("uint16"))).codes > lowest.codes
+            stepped = (self(x, _Given(xp.minimum(middle, 65535).astype("uint16"))).codes
+                       > lowest.codes)
             stepped &= middle < 65536
             below, above = xp.where(stepped, below, middle), xp.where(stepped, middle, above)
         up = (65536 - above) / 65536                      # probability of the higher code
@@ -94,9 +103,10 @@ class Quantizer:
         return v if lowest.mix is None else lowest.mix.undo_squared(v)
 
     def bound(self, x: Array) -> float:
-        """Largest total variance that a tensor of these scales can have: Σ (T⁻¹)² · scale² / 4.  # sync
+        """Largest total variance a tensor of these scales can have: Σ (T⁻¹)² · scale² / 4.  # sync
 
-        N·D·R²/4B² for PTQ, D/4B² · Σ R_i² for PSQ, D/4 · Σ scale_r² ‖T⁻¹e_r‖² for mixed rows: arXiv 2010.14298, the theorems.
+        N·D·R²/4B² for PTQ, D/4B² · Σ R_i² for PSQ, D/4 · Σ scale_r² ‖T⁻¹e_r‖² for mixed rows:
+        arXiv 2010.14298, the theorems.
         """
         xp = array_module(x)
         t = self(x, _Given(xp.zeros(x.shape, "uint16")))
@@ -128,7 +138,7 @@ class Identity(Quantizer):
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         xp = array_module(x)
-        finite = xp.isfinite(x.sum())                     # one pass; a sum can overflow, so a bad one is looked at again
+        finite = xp.isfinite(x.sum())                     # one pass; a sum may overflow: look again
         if xp is np and not finite:
             finite = xp.isfinite(x).all()
         stream.require_finite(finite)
@@ -148,7 +158,7 @@ class Identity(Quantizer):
 
 
 class Bound:
-    """A quantizer in its place in a layer: quantizer + stream + name. `layer.q.grad_x(dy)` is one of these.
+    """A quantizer in its place in a layer: quantizer + stream + name. `layer.q.grad_x` is one.
 
     spec      as in a recipe: "bhq5", "ptq8:nearest", "identity"
     rounding  of this place, unless the spec names one
@@ -168,7 +178,7 @@ class Bound:
 
 
 class BoundActivation(Bound):
-    """The quantizer of a layer's input, with a running range for evaluation (momentum 0.1, as in batch norm).
+    """A layer's input quantizer, with a running range for evaluation (momentum 0.1, as batch norm).
 
     range  (2,) float32, lowest and highest; NaN until the first training forward
     """
@@ -186,13 +196,15 @@ class BoundActivation(Bound):
             xp = array_module(x)
             t, low, high = self.quantizer.with_range(x, self.stream)
             batch = xp.concatenate([low.reshape(1), high.reshape(1)])
-            self.range = self.range + xp.float32(0.1) * (batch - self.range) if self.calibrated else batch
+            self.range = (self.range + xp.float32(0.1) * (batch - self.range)
+                          if self.calibrated else batch)
             self.calibrated = True
             return replace(t, name=self.name)
         if not self.calibrated:
             if not self.streams.warned:
                 logging.getLogger("minifqt").warning(
-                    "%s has no running range yet: evaluation uses the batch's. Train, or load a checkpoint, first.", self.name)
+                    "%s has no running range yet: evaluation uses the batch's. "
+                    "Train, or load a checkpoint, first.", self.name)
             self.streams.warned = True
             return super().__call__(x)
         low, high = self.range[:1], self.range[1:]

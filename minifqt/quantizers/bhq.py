@@ -1,7 +1,8 @@
-"""Block Householder quantizer: spread each large row over a group of small ones before rounding, gather it again afterwards.
+"""Block Householder quantizer: spread each large row over small ones, round, gather it again.
 
-A sample whose gradient is large would need a coarse grid of its own; reflected into a group of n rows it costs 1/n of the
-variance. The plain dense form is kernels/reference.bhq_transform; here nothing is larger than N × D.
+A sample whose gradient is large would need a coarse grid of its own; reflected into a group of n
+rows it costs 1/n of the variance. The plain dense form is kernels/reference.bhq_transform; here
+nothing is larger than N × D.
 """
 import numpy as np
 
@@ -12,23 +13,27 @@ from minifqt.quantizers.affine import as_rows, finite_ranges, grid
 from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
 
-_COLUMNS = 512                                            # columns mixed at a time: 128 rows of float64 fit a core's cache
+# Columns mixed at a time: 128 rows of float64 fit a core's cache.
+_COLUMNS = 512
 
 
 @register("bhq")
 class BHQ(Quantizer):
-    """T = Q · diag(s) within groups of rows, one large row and many small; then each mixed row gets its own range.
+    """T = Q · diag(s) in groups of one large row and many small; then each mixed row its own range.
 
-    Var x̂_ij = Σ_r (T⁻¹)²_ir scale_r² p(1 − p)_rj ≤ D/4 · Σ_r scale_r² ‖T⁻¹e_r‖². May enter dgrad alone.
-    Source: arXiv 2010.14298, the block Householder quantizer; grouping, scales and re-ranging as in the authors' code.
-    Departs: fewer than 3 rows are PSQ; zero rows come back as exact zeros; constant rows stay out of groups and are exact.
+    Var x̂_ij = Σ_r (T⁻¹)²_ir scale_r² p(1 − p)_rj ≤ D/4 · Σ_r scale_r² ‖T⁻¹e_r‖².
+    May enter dgrad alone.
+    Source: arXiv 2010.14298, the block Householder quantizer; grouping, scales and re-ranging as in
+    the authors' code. Departs: fewer than 3 rows are PSQ; zero rows come back as exact zeros;
+    constant rows stay out of groups and are exact.
     """
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         mix, g = self._mixed(x, stream)
         per_row = (len(x),) + (1,) * (x.ndim - 1)
         codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
-        return QTensor(codes.reshape(x.shape), g.scale.reshape(per_row), g.zero.reshape(per_row), mix)
+        return QTensor(
+            codes.reshape(x.shape), g.scale.reshape(per_row), g.zero.reshape(per_row), mix)
 
     def variance(self, x: Array) -> Array:
         """(T⁻¹)² · scale² p(1 − p).  float64, shape of x."""
@@ -44,10 +49,12 @@ class BHQ(Quantizer):
 
 
 def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
-    """Which rows are mixed with which: (order, group), both (N,): mixed row j is row order[j], in group[j] = 0, 1, ….
+    """Which rows are mixed with which: (order, group), both (N,).
 
-    The G rows of largest range lead a group each; the k = M − G others are dealt out in proportion to their leaders' ranges,
-    k ≥ 1 the smallest with k · v[M − k − 1] > Σ v[:M − k] (v sorted, descending). No k: every row is a group of its own.
+    Mixed row j is row order[j], in group[j] = 0, 1, …. The G rows of largest range lead a group
+    each; the k = M − G others are dealt out in proportion to their leaders' ranges, k ≥ 1 the
+    smallest with k · v[M − k − 1] > Σ v[:M − k] (v sorted, descending). No k: every row is a group
+    of its own.
     ranges  (N,) float64; compared as integers, so that no sum depends on rounding
     alone   (N,) bool, the rows to be left out; M is the number of others
     Source: the authors' code; here array operations of fixed shape, nothing copied to the host.
@@ -55,7 +62,7 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
     xp, N = array_module(ranges), len(ranges)
     largest = ranges.max()
     v = xp.rint(ranges / xp.where(largest > 0, largest, 1) * 2**23).astype("int64")
-    order = xp.argsort(xp.where(alone, 1, -v), kind="stable")                 # large first, those left out last
+    order = xp.argsort(xp.where(alone, 1, -v), kind="stable")  # large first, those left out last
     v, M = v[order], N - alone.sum()
     sums, k = xp.cumsum(v), xp.arange(1, N + 1)
     last = M - k - 1                                      # the last leader, were there k small rows
@@ -63,7 +70,7 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
     k = xp.where(fits.any(), fits.argmax() + 1, 0)
     G, row = M - k, xp.arange(N)
     ends = xp.rint(sums * k / xp.maximum(sums[(G - 1).clip(0)], 1)).astype("int64")
-    ends = xp.where(row < G, ends, N + 1)                 # small rows before ends[i] belong to groups 0 .. i
+    ends = xp.where(row < G, ends, N + 1)                 # small rows before ends[i]: groups 0 .. i
     group = xp.where(row < G, row, xp.searchsorted(ends, row - G, side="right"))
     group = xp.where(row < M, group, G + row - M)
     leader_first = xp.argsort(group, kind="stable")
@@ -71,10 +78,12 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
 
 
 class Householder:
-    """The row transform T of BHQ: in each group y = Q · diag(s) · x, Q = I − 2vvᵀ/vᵀv, v = e₁ − 1/√n, applied by group sums.
+    """The row transform T of BHQ, by group sums: y = Q · diag(s) · x in each group.
 
-    s₁ = (λ₁/√n)^(−1/3) for the leader, s₂ = (λ₂ · max|Q| / (n − 1))^(−1/3) for the others, λ₂ the range of the largest of
-    them; in units of 2^exponent, exponent the binary exponent of λ₁, so that T(2ᵏx) = 2ᵏT(x) to the bit.
+    Q = I − 2vvᵀ/vᵀv, v = e₁ − 1/√n.
+    s₁ = (λ₁/√n)^(−1/3) for the leader, s₂ = (λ₂ · max|Q| / (n − 1))^(−1/3) for the others, λ₂ the
+    range of the largest of them; in units of 2^exponent, exponent the binary exponent of λ₁, so
+    that T(2ᵏx) = 2ᵏT(x) to the bit.
     low, high  (N,) float64, the rows' ranges
     """
 
@@ -82,39 +91,51 @@ class Householder:
         xp, N = array_module(low), len(low)
         ranges, row = high - low, xp.arange(len(low))
         self.order, self.group = groups(ranges, (ranges == 0) & (low != 0))
-        self.starts = xp.searchsorted(self.group, row, side="left")           # of group i; N where there is no such group
-        first = self.starts[self.group]                                       # (N,) the leader of each mixed row's group
-        n = (xp.searchsorted(self.group, row, side="right")[self.group] - first).astype("float64")
-        self.leads, self.n = row == first, n
+        self.starts = xp.searchsorted(self.group, row, side="left")   # of group i; N if none is
+        first = self.starts[self.group]                               # (N,) each mixed row's leader
+        count = xp.searchsorted(self.group, row, side="right") - self.starts      # of each group
+        root = 1 / xp.sqrt(xp.maximum(count, 1))[:, None]
+        self._root, self._gain = root, 1 / xp.where(root < 1, 1 - root, 1)
+        self.leads, self.n = row == first, count[self.group].astype("float64")
+        self._v = xp.where(self.leads[:, None], 1, 0) - root[self.group]
+        n = self.n
         large, small = ranges[self.order[first]], ranges[self.order[xp.minimum(first + 1, N - 1)]]
         self.exponent = xp.where(large > 0, xp.frexp(large)[1], 0)
-        large, small = xp.ldexp(large, -self.exponent), xp.ldexp(xp.maximum(small, 1e-30 * large), -self.exponent)
-        outside = 1 / xp.where(n > 1, n - xp.sqrt(n), 1)                      # −Q between two small rows
-        highest = xp.where(n == 2, xp.sqrt(0.5), xp.maximum(xp.maximum(outside, abs(1 - outside)), 1 / xp.sqrt(n)))
+        large, small = (xp.ldexp(large, -self.exponent),
+                        xp.ldexp(xp.maximum(small, 1e-30 * large), -self.exponent))
+        outside = 1 / xp.where(n > 1, n - xp.sqrt(n), 1)              # −Q between two small rows
+        highest = xp.where(n == 2, xp.sqrt(0.5),
+                           xp.maximum(xp.maximum(outside, abs(1 - outside)), 1 / xp.sqrt(n)))
         cube = xp.where(self.leads, large / xp.sqrt(n), small * highest / xp.maximum(n - 1, 1))
         self.scales = xp.where(n > 1, 1 / xp.cbrt(xp.where(cube > 0, cube, 1)), 1.0)
         zero_rows = ((low == 0) & (high == 0))[self.order]
-        self.undo_scales = xp.where(zero_rows, 0.0, 1 / self.scales)          # what is 0 stays 0
+        self.undo_scales = xp.where(zero_rows, 0.0, 1 / self.scales)  # what is 0 stays 0
         self._outside = outside
 
     def apply(self, x: Array) -> Array:
         """T·x, (N, …), rows in mixed order, in x's dtype."""
-        return self._by_columns(x, lambda part: self._reflect(part[self.order] * self.scales[:, None]))
+        return self._by_columns(
+            x, lambda part: self._reflect(part[self.order] * self.scales[:, None]))
 
     def apply_rescaled(self, x: Array) -> tuple[Array, Array]:
         """T·x / 2^exponent and the exponent (N, 1): near 1 whatever the size of x."""
         xp, down = array_module(x), -self.exponent[:, None]
         scales = xp.ldexp(self.scales[:, None], down)
-        return self._by_columns(x, lambda part: self._reflect(part[self.order] * scales)), self.exponent[:, None]
+        return (self._by_columns(x, lambda part: self._reflect(part[self.order] * scales)),
+                self.exponent[:, None])
 
     def undo(self, y: Array) -> Array:
         """T⁻¹·y = diag(1/s) · Q · y, rows back in the samples' order, in y's dtype."""
-        return self._by_columns(y, lambda part: self._to_samples(self._reflect(part) * self.undo_scales[:, None]))
+        return self._by_columns(
+            y, lambda part: self._to_samples(self._reflect(part) * self.undo_scales[:, None]))
 
     def undo_squared(self, v: Array) -> Array:
-        """(T⁻¹)²·v, squared element by element, float64: 1/n between a leader and anyone, (δ − 1/(n − √n))² between small rows."""
+        """(T⁻¹)²·v, squared element by element, float64.
+
+        Q² is 1/n between a leader and anyone, (δ − 1/(n − √n))² between small rows.
+        """
         def squared(part):
-            sums, leads = self._group_sums(part)
+            sums, leads = (per_group[self.group] for per_group in self._group_sums(part))
             n, outside = self.n[:, None], self._outside[:, None]
             small = leads / n + outside**2 * (sums - leads - part) + (1 - outside) ** 2 * part
             mixed = array_module(v).where(self.leads[:, None], sums / n, small)
@@ -123,15 +144,16 @@ class Householder:
         return self._by_columns(v.astype("float64"), squared)
 
     def _reflect(self, y):
-        """Q·y = y − v · (y₁ − Σy/√n) / (1 − 1/√n) in each group; a group of one stays as it is.  (N, D) float64."""
-        xp, root = array_module(y), 1 / array_module(y).sqrt(self.n)[:, None]
+        """Q·y = y − v · (y₁ − Σy/√n) / (1 − 1/√n) in each group, in place.  (N, D) float64."""
         sums, leads = self._group_sums(y)
-        v = xp.where(self.leads[:, None], 1 - root, -root)
-        return y - v * ((leads - sums * root) / xp.where(self.n[:, None] > 1, 1 - root, 1))
+        c = (leads - sums * self._root[:len(sums)]) * self._gain[:len(sums)]
+        y -= self._v * c[self.group]
+        return y
 
     def _group_sums(self, y):
-        """For each mixed row the sum over its group and its leader's row.  (N, D) twice."""
-        return segment_sum(y, self.starts)[self.group], y[self.starts[self.group]]
+        """Σy and y₁ of each group.  (groups, D) twice."""
+        sums = segment_sum(y, self.starts)
+        return sums, y[self.starts[:len(sums)].clip(0, len(y) - 1)]
 
     def _to_samples(self, mixed):
         out = array_module(mixed).empty_like(mixed)

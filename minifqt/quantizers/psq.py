@@ -1,4 +1,4 @@
-"""Per-sample quantizer: each sample has its own range, so one large gradient does not coarsen all the others."""
+"""Per-sample quantizer: each sample has its own range, so one large gradient coarsens no other."""
 from minifqt.backend import Array, array_module
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import as_rows, finite_ranges, grid
@@ -11,14 +11,16 @@ class PSQ(Quantizer):
     """One scale and one real zero a sample: scale_i = R_i / B, zero_i = −min_i / scale_i.
 
     Var = Σ_i scale_i² Σ_j p(1 − p) ≤ D/4B² · Σ R_i², never above PTQ's bound.
-    Source: arXiv 2010.14298, the per-sample quantizer. Plain form: kernels/reference.psq. May enter dgrad, not wgrad.
+    May enter dgrad, not wgrad.
+    Source: arXiv 2010.14298, the per-sample quantizer. Plain form: kernels/reference.psq.
     """
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         g = self._grid(x, stream)
         per_sample = (len(x),) + (1,) * (x.ndim - 1)
         codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
-        return QTensor(codes.reshape(x.shape), g.scale.reshape(per_sample), g.zero.reshape(per_sample))
+        return QTensor(
+            codes.reshape(x.shape), g.scale.reshape(per_sample), g.zero.reshape(per_sample))
 
     def variance(self, x: Array) -> Array:
         """scale_i² · p(1 − p).  float64, shape of x."""

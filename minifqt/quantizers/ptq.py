@@ -1,4 +1,4 @@
-"""Per-tensor quantizers: real zero (ptq, the paper's formula), integer zero (ptqz), symmetric (sym, for weights)."""
+"""Per-tensor quantizers: real zero (ptq, the paper's), integer (ptqz), symmetric (sym, weights)."""
 from minifqt.backend import Array, array_module
 from minifqt.kernels import reference, rounding
 from minifqt.kernels.reference import UNIT
@@ -9,7 +9,11 @@ from minifqt.rng import Stream
 
 
 class PerTensor(Quantizer):
-    """One scale and one zero for all of x; also knows how to use a range given from outside, as evaluation does."""
+    """One scale and one zero for all of x; also takes a range from outside, as evaluation does.
+
+    A subclass defines `_round(x, row, low, high, stream)` → QTensor of x's shape; row is x as
+    (1, D), within low .. high, (1, 1) each.
+    """
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         return self.with_range(x, stream)[0]
@@ -27,16 +31,13 @@ class PerTensor(Quantizer):
         low, high = low.reshape(1, 1), high.reshape(1, 1)
         return self._round(x, array_module(x).clip(row, low, high), low, high, stream)
 
-    def _round(self, x, row, low, high, stream):
-        raise TypeError(f"{type(self).__name__} defines no _round.")
-
 
 @register("ptq")
 class PTQ(PerTensor):
     """scale = R / B, zero = −min / scale, a real number.
 
-    Var = scale² Σ p(1 − p) ≤ N·D·R²/4B².
-    Source: arXiv 2010.14298, the per-tensor quantizer. Plain form: kernels/reference.psq of one row. May enter every product.
+    Var = scale² Σ p(1 − p) ≤ N·D·R²/4B². May enter every product.
+    Source: arXiv 2010.14298, the per-tensor quantizer. Plain form: reference.psq of one row.
     """
 
     def _round(self, x, row, low, high, stream):
@@ -52,7 +53,10 @@ class PTQ(PerTensor):
 
 
 class Anchored(PerTensor):
-    """Zero is an integer code, so 0 is exact and has no variance. Subclasses say where it is, in `_anchor`."""
+    """Zero is an integer code, so 0 is exact and has no variance.
+
+    A subclass says where it is: `_anchor(low, high)` → shift, scale, inv, code, (1, 1) each.
+    """
 
     dtype = "uint8"
 
@@ -80,16 +84,14 @@ class Anchored(PerTensor):
     def _limits(self):
         return 0, self.bins
 
-    def _anchor(self, low, high):
-        raise TypeError(f"{type(self).__name__} defines no _anchor.")
-
 
 @register("ptqz")
 class IntegerZeroPTQ(Anchored):
-    """Per tensor with the clip-free integer zero: the finest grid of 0..B that has 0 as a code and covers the range.
+    """Per tensor, integer zero: the finest grid of 0..B that has 0 as a code and covers the range.
 
-    What the authors' code intends; theirs divides by a vanishing zero code. Where the range does not contain 0, extending it
-    would only coarsen it: then the real zero of PTQ is used. Source: kernels/reference.integer_zero. May enter every product.
+    Clip-free, as the authors' code intends; theirs divides by a vanishing zero code. Where the
+    range does not contain 0, extending it would only coarsen it: then PTQ's real zero is used.
+    Source: kernels/reference.integer_zero. May enter every product.
     """
 
     def _anchor(self, low, high):
@@ -97,16 +99,17 @@ class IntegerZeroPTQ(Anchored):
         inside = (low <= 0) & (high >= 0)
         scale, code = reference.integer_zero(xp.minimum(low, 0), xp.maximum(high, 0), self.bins)
         real_scale, real_inv = reference.grid(low, high, self.bins)
-        return (xp.where(inside, 0, low), xp.where(inside, scale, real_scale), xp.where(inside, UNIT / scale, real_inv),
-                xp.where(inside, code, 0))
+        return (xp.where(inside, 0, low), xp.where(inside, scale, real_scale),
+                xp.where(inside, UNIT / scale, real_inv), xp.where(inside, code, 0))
 
 
 @register("sym")
 class Symmetric(Anchored):
-    """int8 codes −(2^(b−1) − 1) .. 2^(b−1) − 1, zero 0, scale = max|x| / (2^(b−1) − 1): the weights' quantizer.
+    """The weights' quantizer: int8 codes −t .. t, t = 2^(b−1) − 1, zero 0, scale = max|x| / t.
 
     No code −2^(b−1): one more on one side would bias. May enter every product.
-    Source: symmetric weight quantization, e.g. arXiv 1712.05877; the paper quantizes weights per tensor too.
+    Source: symmetric weight quantization, e.g. arXiv 1712.05877; the paper quantizes weights per
+    tensor too.
     """
 
     dtype = "int8"

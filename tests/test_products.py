@@ -1,0 +1,363 @@
+"""The fast products are the plain ones, bit for bit: through float32 BLAS, through the tensor-core
+road, on any number of threads, and on a GPU where there is one.
+"""
+import numpy as np
+import pytest
+
+from minifqt import NonFiniteError, QTensor, Streams, backend, layers, quantizers
+from minifqt.kernels import blas, norm, reference, rounding
+
+SEEDS = range(40)
+
+
+def codes(rng, shape, free=None, zero=None):
+    """Integer codes with any legal scale and zero: per tensor, or along the axis `free`."""
+    dtype = rng.choice(["uint8", "int8"])
+    low = 0 if dtype == "uint8" else -128
+    extreme = rng.random() < 0.3                          # only the two outermost codes
+    values = low + (255 * rng.integers(0, 2, shape) if extreme else rng.integers(0, 256, shape))
+    varies = free is not None and rng.random() < 0.5
+    per = tuple(n if varies and axis == free else 1 for axis, n in enumerate(shape))
+    zeros = {"none": np.zeros(per), "integer": rng.integers(low, low + 256, per),
+             "real": rng.uniform(-300, 300, per), "large": rng.uniform(-4e7, 4e7, per)}
+    zero = zero or rng.choice(list(zeros))
+    return QTensor(values.astype(dtype), rng.uniform(1e-3, 1, per).astype("float32"),
+                   zeros[zero].astype("float32"))
+
+
+def geometry(rng):
+    """Sizes of a convolution; padding up to 3, also around a 1×1 kernel."""
+    N, C, K, R, S = map(int, rng.integers(1, 6, 5))
+    stride, padding = int(rng.integers(1, 4)), int(rng.integers(0, 4))
+    H, W = (int(rng.integers(max(1, taps - 2 * padding), 10)) for taps in (R, S))
+    P, Q = reference.output_size((H, W), (R, S), stride, padding)
+    return (N, H, W, C), (K, R, S, C), (N, P, Q, K), stride, padding
+
+
+def four_products(rng, module):
+    """matmul and the three of a convolution by this module, of operands that rng makes."""
+    x, w, y, stride, padding = geometry(rng)
+    M, J, K = rng.integers(1, 40, 3)
+    return [module.matmul(codes(rng, (M, K), 0), codes(rng, (J, K), 0)),
+            module.conv_fprop(codes(rng, x, 0), codes(rng, w, 0), stride, padding),
+            module.conv_wgrad(codes(rng, y, 3), codes(rng, x, 3), w[1:3], stride, padding),
+            module.conv_dgrad(codes(rng, y, 0), codes(rng, w, 3), x[1:3], stride, padding)]
+
+
+def assert_same_bits(fast, plain):
+    for a, b in zip(fast, plain, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert (a == b).all()
+
+
+# ---- float32 BLAS --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_products_through_blas_equal_the_reference(seed):
+    assert_same_bits(four_products(np.random.default_rng(seed), blas),
+                     four_products(np.random.default_rng(seed), reference))
+
+
+@pytest.mark.parametrize("zeros", [("none", "none"), ("real", "none"), ("none", "real"),
+                                   ("large", "large")])
+def test_products_equal_the_reference_whichever_zeros_let_a_term_be_left_out(zeros):
+    rng = np.random.default_rng(0)
+    x, w = codes(rng, (5, 9, 9, 3), zero=zeros[0]), codes(rng, (4, 3, 3, 3), zero=zeros[1])
+    g = codes(rng, (5, 5, 5, 4), zero=zeros[0])
+    v = codes(rng, (5, 9, 9, 3), zero=zeros[1])
+    assert_same_bits([blas.conv_fprop(x, w, 2, 1), blas.conv_dgrad(g, w, (9, 9), 2, 1),
+                      blas.conv_wgrad(g, v, (3, 3), 2, 1)],
+                     [reference.conv_fprop(x, w, 2, 1), reference.conv_dgrad(g, w, (9, 9), 2, 1),
+                      reference.conv_wgrad(g, v, (3, 3), 2, 1)])
+
+
+def test_products_equal_the_reference_where_the_work_is_cut_into_blocks_bands_and_slabs():
+    rng = np.random.default_rng(0)
+    a, b = codes(rng, (1100, 2100), 0), codes(rng, (3, 2100), 0)              # 3 blocks, 3 slabs
+    x, w = codes(rng, (3, 40, 40, 64), 0), codes(rng, (2, 3, 3, 64), 0)       # bands of rows
+    g, v = codes(rng, (3, 40, 40, 2), 3), codes(rng, (3, 40, 40, 64), 3)
+    assert_same_bits([blas.matmul(a, b), blas.conv_fprop(x, w, 1, 1),
+                      blas.conv_wgrad(g, v, (3, 3), 1, 1)],
+                     [reference.matmul(a, b), reference.conv_fprop(x, w, 1, 1),
+                      reference.conv_wgrad(g, v, (3, 3), 1, 1)])
+
+
+def test_codes_need_not_be_contiguous():
+    rng = np.random.default_rng(0)
+    x, w = codes(rng, (4, 3, 8, 6)), codes(rng, (3, 5, 3, 2))
+
+    def turned(t):                                        # (N, C, H, W) → (N, H, W, C), a view
+        return QTensor(t.codes.transpose(0, 2, 3, 1)[:, ::-1], t.scale, t.zero)
+
+    x, w = turned(x), QTensor(w.codes.transpose(1, 2, 3, 0)[:, :, ::-1], w.scale, w.zero)
+    assert_same_bits([blas.conv_fprop(x, w, 1, 1)], [reference.conv_fprop(x, w, 1, 1)])
+
+
+def test_float_products_equal_the_reference_to_rounding():
+    rng, single = np.random.default_rng(0), np.ones((1, 1, 1, 1))
+
+    def floats(*shape):
+        return QTensor(rng.standard_normal(shape), single, 0 * single)
+
+    x, w, g = floats(3, 7, 8, 4), floats(5, 3, 2, 4), floats(3, 4, 5, 5)
+    pairs = [(blas.conv_fprop(x, w, 2, 1), reference.conv_fprop(x, w, 2, 1)),
+             (blas.conv_dgrad(g, w, (7, 8), 2, 1), reference.conv_dgrad(g, w, (7, 8), 2, 1)),
+             (blas.conv_wgrad(g, x, (3, 2), 2, 1), reference.conv_wgrad(g, x, (3, 2), 2, 1))]
+    for fast, plain in pairs:                             # float64 sums of at most 60 terms
+        np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-14 * abs(plain).max())
+
+
+# ---- the road of a GPU, walked with NumPy --------------------------------------------------------
+
+
+class Elsewhere:
+    """NumPy that is not NumPy: code that asks `xp is np` takes the GPU's branch."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+
+def int8_gemm(a, b):
+    """a bᵀ as an int8 tensor core forms it: int32, wrapping; takes multiples of 16 alone."""
+    assert a.dtype == b.dtype == np.int8
+    assert a.shape[1] % 16 == b.shape[1] % 16 == b.shape[0] % 16 == 0
+    return a.astype("int32") @ b.astype("int32").T
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Integer products go through TensorCores(gemm), with int8_gemm unless a test sets another."""
+    engine, elsewhere = blas.TensorCores(int8_gemm), Elsewhere()
+    plain = blas.engine_of
+    monkeypatch.setattr(blas, "array_module", lambda _: elsewhere)
+    monkeypatch.setattr(blas, "engine_of",
+                        lambda a, b: engine if a.is_integer and b.is_integer else plain(a, b))
+    return engine
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_products_through_int8_tensor_cores_equal_the_reference(seed, tensor_cores):
+    assert tensor_cores.slab == 65536
+    assert_same_bits(four_products(np.random.default_rng(seed), blas),
+                     four_products(np.random.default_rng(seed), reference))
+
+
+def test_tensor_cores_cut_a_long_contraction_into_slabs(tensor_cores):
+    rng, lengths = np.random.default_rng(0), []
+
+    def gemm(a, b):
+        lengths.append(a.shape[1])
+        return int8_gemm(a, b)
+
+    tensor_cores.gemm, tensor_cores.slab = gemm, 32
+    a, b = codes(rng, (3, 100)), codes(rng, (2, 100))
+    assert_same_bits([blas.matmul(a, b)], [reference.matmul(a, b)])
+    assert lengths == [32, 32, 32, 16]
+
+
+def test_without_slabs_int32_would_wrap_at_131072_terms(tensor_cores):
+    one = np.ones((1, 1), "float32")
+    a = QTensor(np.zeros((1, 131072), "uint8"), one, 128 * one)
+    assert blas.matmul(a, a) == 2.0**31
+    tensor_cores.slab = 1 << 20
+    assert blas.matmul(a, a) == -(2.0**31)
+
+
+def test_tensor_cores_take_extreme_codes_of_both_types(tensor_cores):
+    one = np.ones((1, 1), "float32")
+    for dtype, values in (("uint8", [0, 127, 128, 255]), ("int8", [-128, -1, 0, 127])):
+        a = QTensor(np.array(4 * [values], dtype).T.copy(), one, 0 * one)
+        assert tensor_cores.load(a.codes).dtype == np.int8
+        exact = a.codes.astype(int) @ a.codes.astype(int).T
+        assert (blas.matmul(a, a) == exact).all()
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_threads():
+    """on_threads(function) is [function() on 1, 2 and 4 threads]."""
+    before = backend.threads()
+
+    def each(function):
+        results = []
+        for count in (1, 2, 4):
+            backend.set_threads(count)
+            assert backend.threads() == count
+            results.append(function())
+        return results
+
+    yield each
+    backend.set_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["integer", "float32"])
+def test_the_number_of_threads_changes_no_bit_of_a_product(kind, on_threads):
+    rng = np.random.default_rng(0)
+
+    def operand(*shape):
+        single = (1,) * len(shape)
+        if kind == "integer":
+            return codes(rng, shape, zero="real")
+        return QTensor(rng.standard_normal(shape, "float32"), np.ones(single), np.zeros(single))
+
+    x, w, g = operand(24, 16, 16, 16), operand(8, 3, 3, 16), operand(24, 16, 16, 8)
+    a, b = operand(2000, 300), operand(20, 300)
+    one, two, four = on_threads(lambda: [
+        blas.matmul(a, b), blas.conv_fprop(x, w, 1, 1), blas.conv_wgrad(g, x, (3, 3), 1, 1),
+        blas.conv_dgrad(g, w, (16, 16), 1, 1)])
+    assert_same_bits(one, two)
+    assert_same_bits(one, four)
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_float_sum(on_threads):
+    rng = np.random.default_rng(0)
+    x, dy = (10 + rng.standard_normal((30, 32, 32, 16), dtype="float32") for _ in range(2))
+    weight, bias = rng.standard_normal((2, 16), dtype="float32")
+
+    def sums():
+        mean, var = norm.statistics(x)
+        inv_std = 1 / np.sqrt(var + np.float32(1e-5))
+        normal, y = norm.normalize(x, mean, inv_std, weight, bias)
+        return [mean, var, y, *norm.backward(dy, normal, inv_std, weight), norm.channel_sum(dy)]
+
+    one, two, four = on_threads(sums)
+    assert_same_bits(one, two)
+    assert_same_bits(one, four)
+
+
+@pytest.mark.parametrize("spec", ["ptq8", "ptqz8", "sym8", "psq4", "bhq5"])
+def test_the_number_of_threads_changes_no_bit_of_a_quantizer(spec, on_threads):
+    x = np.random.default_rng(0).standard_normal((64, 16, 16, 16), dtype="float32")
+    x *= np.arange(1, 65, dtype="float32").reshape(64, 1, 1, 1)
+
+    def quantized():
+        t = quantizers.parse(spec)[0](x, Streams(0).stream("x"))
+        return [t.codes, t.scale, t.zero, t.dequantize()]
+
+    one, two, four = on_threads(quantized)
+    assert_same_bits(one, two)
+    assert_same_bits(one, four)
+
+
+def test_blocks_come_back_in_order_and_cover_everything(on_threads):
+    expected = [(start, min(start + 7, 50)) for start in range(0, 50, 7)]
+    results = on_threads(lambda: backend.map_blocks(lambda s: (s.start, s.stop), 50, 7))
+    assert all(blocks == expected for blocks in results)
+
+
+def test_less_than_one_thread_raises():
+    with pytest.raises(ValueError, match="0 threads: at least 1 is needed"):
+        backend.set_threads(0)
+
+
+# ---- quantizers in blocks, and sums over batch and pixels ----------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 200_001), (300, 700), (3, 5)])
+@pytest.mark.parametrize("noise", ["random", 0, 65535])
+def test_blockwise_rounding_equals_the_reference(shape, noise):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape, dtype="float32")
+    h = (rng.integers(0, 65536, shape) if noise == "random" else np.full(shape, noise))
+    h = h.astype("uint16")
+    low, high = rounding.row_ranges(x)
+    assert (low == x.min(axis=1, keepdims=True)).all()
+    assert (high == x.max(axis=1, keepdims=True)).all()
+    for bins in (3, 255):
+        _, inv = reference.grid(low, high, bins)
+        plain = reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
+        assert (rounding.affine_codes(x, low, inv, h, bins) == plain).all()
+        code = np.full_like(low, bins // 2)
+        plain = reference.anchored_fixed(x, 0 * low, inv, code, 0, bins)
+        plain = reference.anchored_codes(plain, h)
+        fast = rounding.anchored_codes(x, h, 0 * low, inv, code, (0, bins), "uint8")
+        assert (fast == plain).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (37, 3), (5, 3, 7, 4), (40, 16, 16, 8), (3, 6, 2)])
+def test_channel_sums_are_float64_sums_of_short_float32_sums(shape):
+    x = np.random.default_rng(0).uniform(1, 2, shape).astype("float32")
+    exact = x.sum(axis=tuple(range(x.ndim - 1)), dtype="float64")
+    np.testing.assert_allclose(norm.channel_sum(x), exact, rtol=16 * 2.0**-24)   # 16 float32 terms
+
+
+def test_statistics_take_two_passes_so_a_large_offset_costs_no_digits():
+    x = (1e4 + np.random.default_rng(0).standard_normal((4096, 3))).astype("float32")
+    _, var = norm.statistics(x)
+    # the mean, rounded to float32, is off by up to 2⁻¹¹; its square, 2⁻²², adds to a variance of 1
+    np.testing.assert_allclose(var, x.astype("float64").var(axis=0), rtol=2e-6)
+
+
+# ---- a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cupy"])
+def xp(request):
+    """The other array modules; skips where there is none."""
+    try:
+        module = backend.device_module("cuda")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert module.__name__ == request.param
+    return module
+
+
+def moved(t, xp):
+    return QTensor(xp.asarray(t.codes), xp.asarray(t.scale), xp.asarray(t.zero))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_products_on_a_gpu_equal_those_on_the_cpu(seed, xp):
+    rng = np.random.default_rng(seed)
+    x, w, y, stride, padding = geometry(rng)
+    pairs = [("matmul", (codes(rng, (70, 33), 0), codes(rng, (21, 33), 0)), ()),
+             ("conv_fprop", (codes(rng, x, 0), codes(rng, w, 0)), (stride, padding)),
+             ("conv_wgrad", (codes(rng, y, 3), codes(rng, x, 3)), (w[1:3], stride, padding)),
+             ("conv_dgrad", (codes(rng, y, 0), codes(rng, w, 3)), (x[1:3], stride, padding))]
+    for name, operands, sizes in pairs:
+        here = getattr(blas, name)(*operands, *sizes)
+        there = getattr(blas, name)(*(moved(t, xp) for t in operands), *sizes)
+        assert_same_bits([backend.to_cpu(there)], [here])
+
+
+def test_wgrad_of_131072_extreme_codes_does_not_wrap_on_a_gpu(xp):
+    one = xp.ones((1, 1), "float32")
+    a = QTensor(xp.zeros((3, 131072), "uint8"), one, 128 * one)
+    assert (blas.matmul(a, a) == 2.0**31).all()
+
+
+@pytest.mark.parametrize("spec", ["identity", "ptq8", "ptq2", "ptqz5", "sym8", "psq4", "bhq5"])
+def test_quantizers_on_a_gpu_equal_those_on_the_cpu(spec, xp):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((9, 5, 5, 3)) * 10 ** rng.uniform(-3, 3, (9, 1, 1, 1)))
+    x = x.astype("float32")
+    here, there = (quantizers.parse(spec)[0](array, Streams(0, module).stream("x"))
+                   for array, module in ((x, np), (xp.asarray(x), xp)))
+    fields = [backend.to_cpu(getattr(there, field)) for field in ("codes", "scale", "zero")]
+    if spec != "bhq5":
+        assert_same_bits(fields, [here.codes, here.scale, here.zero])
+    else:                                                 # group sums: equal nearly always
+        assert (fields[0] == here.codes).mean() > 0.99
+        np.testing.assert_allclose(fields[1], here.scale, rtol=2.0**-22)      # a rounding or two
+
+
+def test_a_layer_on_a_gpu_gives_the_gradients_of_the_cpu(xp):
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape, "float32") for shape in ((4, 7, 7, 3), (4, 4, 4, 5)))
+    results = []
+    for module, device in ((np, "cpu"), (xp, "cuda")):
+        layer = layers.build(layers.Conv2d(3, 5, 3, stride=2, padding=1), "psq4", device=device)
+        y, dx = layer.forward(module.asarray(x)), layer.backward(module.asarray(dy))
+        results.append([backend.to_cpu(v) for v in (y, dx, layer.weight.grad)])
+    assert_same_bits(*results)
+
+
+def test_nan_on_a_gpu_raises_when_the_program_asks(xp):
+    streams = Streams(0, xp)
+    quantizers.create("ptq", 8)(xp.full((2, 2), xp.nan, "float32"), streams.stream("conv1.act"))
+    with pytest.raises(NonFiniteError, match=r"conv1\.act: NaN or infinity entered a quantizer"):
+        streams.raise_pending()
