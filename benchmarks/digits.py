@@ -6,7 +6,6 @@ diverged. Next: variance.py, which explains the table.
 """
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
@@ -16,7 +15,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import machine
-import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -77,7 +75,7 @@ def run_all(missing, workers, path):
         waiting = [pool.submit(one_run, *run) for run in missing]
         for run in tqdm(as_completed(waiting), "runs", len(waiting), unit="run"):
             with path.open("a") as file:
-                file.write(json.dumps(run.result(), ensure_ascii=False) + "\n")
+                file.write(json.dumps(run.result()) + "\n")
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -101,12 +99,11 @@ def one_run(recipe, seed, epochs):
     schedule = optim.SCHEDULES[defaults.schedule](defaults.lr, epochs, defaults.warmup)
     accuracies, loss, diverged = [], None, None
     try:
-        with np.errstate(over="ignore", invalid="ignore"):                    # recorded: diverged
-            for epoch in range(epochs):
-                loss = one_epoch(net, optimizer, batches, epoch, schedule(epoch))
-                accuracies.append(training.evaluate(net, tests)[1])
+        for epoch in range(epochs):
+            loss = one_epoch(net, optimizer, batches, epoch, schedule(epoch))
+            accuracies.append(training.evaluate(net, tests)[1])
     except (training.DivergedError, minifqt.NonFiniteError) as error:
-        diverged = f"epoch {len(accuracies) + 1}: {error}"
+        diverged = str(error)
     return record | {"recipe": recipe, "epochs": epochs, "model": preset["model"],
                      "test_acc": None if diverged else round(accuracies[-1], 6),
                      "best_acc": round(max(accuracies), 6) if accuracies else None,
@@ -115,13 +112,11 @@ def one_run(recipe, seed, epochs):
 
 
 def one_epoch(net, optimizer, batches, epoch, lr):
-    """Mean training loss of the epoch.  DivergedError where a loss is not finite."""
-    losses = []
-    for i, (x, labels) in enumerate(batches.epoch(epoch)):
-        step = epoch * len(batches) + i
-        losses.append(float(training.train_step(net, optimizer, x, labels, lr, step)))
-        if not math.isfinite(losses[-1]):
-            raise training.DivergedError(f"the loss is {losses[-1]} at step {step}.")
+    """Mean training loss of the epoch; training.train_epoch without its bar.  DivergedError."""
+    progress, losses = training.Progress(epoch, step=epoch * len(batches)), []
+    for x, labels in batches.epoch(epoch):
+        losses.append(training.checked_step(net, optimizer, x, labels, lr, progress, 0.0))
+        progress.step += 1
     return statistics.fmean(losses)
 
 

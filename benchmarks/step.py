@@ -148,7 +148,7 @@ def write(result, folder):
     while path.exists():
         number += 1
         path = folder / f"{name}-{number}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 

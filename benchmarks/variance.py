@@ -56,7 +56,7 @@ def main(arguments=None):
     folder = Path(flags.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"variance-{setting['dataset']}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     print(f"written: {path}\n{draw(result, Path(flags.picture))}")
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))                             # where minifqt and data are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))                  # the root folder
 import data
 import minifqt
 from minifqt import layers, quantizers
@@ -23,7 +22,8 @@ from minifqt.quantizers.affine import Grid
 from minifqt.quantizers.bhq import Householder
 from minifqt.rng import Stream
 
-IMAGES, NINE = (2, 3, 14, 17), 2                          # of the test set; the third is the hard one
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES, NINE = (2, 3, 14, 17), 2                          # of the test set; [NINE] is the hard one
 PIXEL = (1, 2)                                            # p, q: the one that is followed
 EPOCHS, BATCH, LR = 20, 64, 0.1
 BITS = 4                                                  # of the second gradient quantizer
@@ -38,7 +38,7 @@ def main(arguments=None):
     flags = flags.parse_args(arguments)
     text = page()
     if flags.write:
-        flags.out.write_text(text)
+        flags.out.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
 
@@ -249,7 +249,7 @@ padding there is a *real* zero: it takes part in no sum, which is why Σ 1·w is
 {by(reference.epilogue, "y = y - zero_a * b1")}
 {by(reference.epilogue, 'return (y * scale).astype("float32")')}
 
-Lines four and five agree: over the whole batch they differ by at most {worst:.0e} of the largest
+Lines four and five agree: over the whole batch they differ by about {worst:.0e} of the largest
 y, which is what writing the result as float32 costs. **The integer product is not an approximation
 of the product of x̂ and ŵ. It is that product.** What quantization costs is the difference between
 lines five and six. It arose when x and w were rounded, and in no other place.
@@ -297,7 +297,8 @@ def first_quantizer(c):
     for place in places:
         fixed, code = int(reference.fixed_point(c.dy[place], low, inv)), int(c.gw.codes[place])
         require(min(fixed + int(h[place]), 65536 * 255 + 65535) >> 16 == code, "code of dy")
-        rows.append(f"| {c.labels[place[0]]}, pixel ({place[1]}, {place[2]}) | {c.dy[place]:z.4f} | "
+        n, p, q, _ = place
+        rows.append(f"| {c.labels[n]}, pixel ({p}, {q}) | {c.dy[place]:z.4f} | "
                     f"{fixed} | {fixed / 65536:.3f} | {h[place]} | {h[place] / 65536:.3f} | {code} "
                     f"| {c.gw.dequantize('float64')[place]:.5f} |")
     return f"""
@@ -358,7 +359,7 @@ zero that is not 0, and the product of two differences has four terms:
 | without any quantization | | {plain[place]:.5f} |
 
 {by(reference.epilogue, "y = y + (zero_a * zero_b) * n")}
-{by(Conv2d.backward, "self.weight.grad = conv.wgrad(gw, qx, self.kernel_size, self.stride, self.padding)")}
+{by(Conv2d.backward, "conv.wgrad(gw, qx, self.kernel_size, self.stride, self.padding)")}
 
 Again the integers give the product of the quantized operands exactly (largest difference
 {law_1(c.dw, exact):.0e} of the largest gradient). And here is why this copy of dy needs one range
@@ -385,8 +386,9 @@ def second_quantizer(c):
              for name in ("ptq", "psq", "bhq")}
     lines = [f"| {name.upper()} | {', '.join(f'{step:z.4f}' for step in steps[name])} | "
              f"{1e6 * variances[name]:.0f} |" for name in variances]
-    column = [f"| {i + 1} | {mixed[i, j]:z.4f} | {fixed[i, j] / 65536:.3f} | {h[i, j] / 65536:.3f} | "
-              f"{codes[i, j]} | {back[i, j]:z.4f} |" for i in range(len(mixed))]
+    column = [f"| {i + 1} | {mixed[i, j]:z.4f} | {fixed[i, j] / 65536:.3f} | "
+              f"{h[i, j] / 65536:.3f} | {codes[i, j]} | {back[i, j]:z.4f} |"
+              for i in range(len(mixed))]
     ends = [f"| {label} | {before:z.4f} | {after:z.4f} |" for label, before, after
             in zip(c.labels, rows_in[:, j], undone[:, j], strict=True)]
     return f"""
@@ -520,8 +522,9 @@ def by(code, line):
     """A line of a function or class, and its file.  RuntimeError where the line is not there."""
     path = path_of(code)
     if "".join(line.split()) not in "".join(inspect.getsource(code).split()):
-        raise RuntimeError(f"docs/walkthrough.py quotes `{line}`, but {code.__qualname__} in {path} "
-                           "no longer holds it: quote what does this now, then run with --write.")
+        raise RuntimeError(f"docs/walkthrough.py quotes `{line}`, but {code.__qualname__} in "
+                           f"{path} no longer holds it: quote what does this now, then run with "
+                           "--write.")
     return f"- `{line}` in `{path}`"
 
 

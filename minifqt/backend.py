@@ -49,7 +49,7 @@ def device_module(device: str):
 
 def to_cpu(x: Array) -> np.ndarray:
     """x as a NumPy array; copies from a GPU.  # sync"""
-    return x if isinstance(x, np.ndarray | np.generic) else x.get()
+    return x if array_module(x) is np else x.get()
 
 
 def set_threads(count: int) -> None:

@@ -1,7 +1,7 @@
-"""The released BHQ, written once more from its description: dense matrices, float64, one group after another.
+"""The released BHQ, written once more from its description: dense, float64, group after group.
 
-It shares no line with minifqt, so that an error must be made twice to go unseen. No absolute 1e-8 is added to the
-ranges, which the released code does and which spoils small gradients.
+It shares no line with minifqt, so that an error must be made twice to go unseen. No absolute 1e-8
+is added to the ranges, as the released code does: it spoils small gradients.
 """
 import numpy as np
 
@@ -41,7 +41,8 @@ def transform(ranges):
         s = [1.0]
         if n > 1:
             small = max(ranges[members[1]], 1e-30 * large)
-            s = [(large / n**0.5) ** (-1 / 3)] + [(small * abs(Q).max() / (n - 1)) ** (-1 / 3)] * (n - 1)
+            s = [(small * abs(Q).max() / (n - 1)) ** (-1 / 3)] * n
+            s[0] = (large / n**0.5) ** (-1 / 3)
         for j, member in enumerate(members):
             T[row:row + n, member] = Q[:, j] * s[j]
         row += n
@@ -49,7 +50,7 @@ def transform(ranges):
 
 
 def variance(x, bits):
-    """Exact element variance (T⁻¹)² · step² p(1 − p), each mixed row over its own range.  x (N, D)."""
+    """Exact element variance (T⁻¹)² · step² p(1 − p), a range for each mixed row.  x (N, D)."""
     x = x.astype(np.float64)
     T = transform(x.max(axis=1) - x.min(axis=1))
     y = T @ x

@@ -27,7 +27,7 @@ class Mutant:
 
 
 def parse(text: str) -> list[Mutant]:
-    """Blocks of four lines: file, `- old`, `+ new`, test id; a line starting with # is a comment."""
+    """Blocks of four lines: file, `- old`, `+ new`, test id; lines starting with # are comments."""
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     blocks = [block.strip("\n").split("\n") for block in "\n".join(lines).split("\n\n")
               if block.strip()]

@@ -1,4 +1,4 @@
-"""BHQ: the released algorithm, row for row, without a dense matrix, without a copy to the host, exact at its edges."""
+"""BHQ: the released algorithm to the row, nothing dense, no copy to the host, exact edges."""
 import authors
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def one_large_row(N=32, D=48):
 
 def dwarfs(N=32, D=48):
     """One large row; all others are below 2⁻²⁴ of it, the smallest first."""
-    sizes = np.geomspace(1e-20, 1e-8, N)
+    sizes = np.geomspace(1e-30, 1e-8, N)
     sizes[-1] = 1
     return gauss(N, D) * sizes[:, None].astype("float32")
 
@@ -76,7 +76,7 @@ def members(order, group):
     return [list(order[group == g]) for g in range(group.max() + 1)]
 
 
-# --------------------------------------------------------------------------------------- the released algorithm
+# --------------------------------------------------------------------------- the released algorithm
 
 
 @each_width
@@ -84,7 +84,8 @@ def members(order, group):
 def test_the_variance_is_the_released_algorithms(matrix, bits):
     x = matrix()
     ours, theirs = create("bhq", bits).variance(x).sum(), authors.variance(x, bits).sum()
-    assert ours <= theirs * (1 + 2**bits * 2.0**-16)      # p is cut to 16 bits: a 2⁻¹⁶ of a step, of B steps
+    # p is cut to 16 bits: 2⁻¹⁶ of a step, of B steps
+    assert ours <= theirs * (1 + 2**bits * 2.0**-16)
     assert ours > theirs * 0.99
 
 
@@ -128,10 +129,11 @@ def test_one_group_is_below_the_cubic_bound(bits):
     small = np.delete(x, 5, axis=0)
     large, rest = float(np.ptp(x[5])), 2 * float(abs(small).max())
     B = 2**bits - 1
-    bound = D / (4 * B**2) * (large ** (2 / 3) * n ** (-1 / 3) + rest ** (2 / 3) * n ** (2 / 3)) ** 3
+    root = large ** (2 / 3) * n ** (-1 / 3) + rest ** (2 / 3) * n ** (2 / 3)
+    bound = D / (4 * B**2) * root**3
     q = create("bhq", bits)
     assert q.variance(x).sum() <= q.bound(x) <= bound
-    assert bound < create("psq", bits).bound(x)           # which says that n rows share one row's noise
+    assert bound < create("psq", bits).bound(x)           # n rows share the noise of one
 
 
 @each_width
@@ -141,10 +143,11 @@ def test_the_bound_is_the_theorems_for_mixed_rows(bits):
     y = T @ x.astype("float64")
     step = np.ptp(y, axis=1) / (2**bits - 1)
     closed = x.shape[1] / 4 * (step**2 * (np.linalg.inv(T) ** 2).sum(axis=0)).sum()
-    assert create("bhq", bits).bound(x) == pytest.approx(closed, rel=1e-5)   # scales are float32, of float32 rows
+    # scales are float32, of float32 rows
+    assert create("bhq", bits).bound(x) == pytest.approx(closed, rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------- grouping
+# ----------------------------------------------------------------------------------------- grouping
 
 
 def test_the_groups_are_those_of_the_loop():
@@ -169,7 +172,8 @@ def test_one_large_row_leads_all_others(N):
     order, group = groups(ranges, np.zeros(N, bool))
     assert (group == 0).all()
     assert order[0] == N // 2
-    assert np.array_equal(order[1:], np.delete(np.arange(N), N // 2))    # equal rows keep their order
+    others = np.delete(np.arange(N), N // 2)
+    assert np.array_equal(order[1:], others)              # equal rows keep their order
 
 
 @each_size
@@ -198,8 +202,9 @@ def test_rows_left_out_are_groups_of_one_and_change_no_other(left_out):
     order, group = groups(ranges, alone)
     found = members(order, group)
     kept = np.flatnonzero(~alone)
-    expected = [[kept[i] for i in rows] for rows in authors.groups(ranges[kept])] if len(kept) > 2 else [
-        [i] for i in kept[np.argsort(-ranges[kept], kind="stable")]]
+    expected = authors.groups(ranges[kept]) if len(kept) > 2 else [
+        [i] for i in np.argsort(-ranges[kept], kind="stable")]
+    expected = [[kept[i] for i in rows] for rows in expected]
     assert found[:len(expected)] == expected
     assert found[len(expected):] == [[i] for i in left_out]
 
@@ -212,7 +217,7 @@ def test_grouping_does_not_depend_on_the_size_of_the_ranges():
             assert np.array_equal(found, expected)
 
 
-# --------------------------------------------------------------------------------------- the transform
+# ------------------------------------------------------------------------------------ the transform
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 100])
@@ -254,9 +259,8 @@ def test_undo_is_the_inverse_of_apply(matrix, N):
     leader = ranges_of(x)[mix.order[mix.starts[mix.group]]]       # of each mixed row
     reach = np.empty(N)
     reach[mix.order] = leader
-    assert (error <= 1e-12 * reach[:, None]).all()        # float64, relative to the group's largest row
-    T, inverse = dense(mix, N)
-    assert np.allclose(inverse @ T, np.eye(N), rtol=0, atol=1e-9)
+    # float64, relative to the group's largest row
+    assert (error <= 1e-12 * reach[:, None]).all()
 
 
 @each_size
@@ -265,8 +269,10 @@ def test_undo_squared_is_the_square_of_each_element_of_the_inverse(matrix, N):
     mix = householder(matrix(N, 20))
     _, inverse = dense(mix, N)
     v = np.random.default_rng(0).random((N, 7))
-    assert np.allclose(mix.undo_squared(np.eye(N)), inverse**2, rtol=1e-9, atol=1e-13 * (inverse**2).max())   # float64
-    assert np.allclose(mix.undo_squared(v), inverse**2 @ v, rtol=1e-9, atol=0)             # positive terms alone
+    # float64; what is zero in exact arithmetic is 1e-16 of the largest
+    assert np.allclose(mix.undo_squared(np.eye(N)), inverse**2, rtol=1e-9,
+                       atol=1e-13 * (inverse**2).max())
+    assert np.allclose(mix.undo_squared(v), inverse**2 @ v, rtol=1e-9, atol=0)    # no cancellation
     assert mix.undo_squared(v.astype("float32")).dtype == "float64"
 
 
@@ -275,6 +281,7 @@ def test_transforms_keep_the_dtype_and_take_any_number_of_axes():
     mix = householder(x)
     for dtype in ("float32", "float64"):
         flat = x.astype(dtype)
+        flat.setflags(write=False)                        # writing to it raises
         images = flat.reshape(12, 5, 4, 3)
         for function in (mix.apply, mix.undo):
             assert function(images).dtype == dtype
@@ -297,8 +304,9 @@ def test_apply_rescaled_is_apply_in_units_of_the_group(matrix):
     y, exponent = mix.apply_rescaled(x)
     assert np.array_equal(np.ldexp(y, exponent), mix.apply(x))
     assert 0.01 < abs(y).max() < 100                      # near 1 whatever the size
-    z, _ = householder(np.ldexp(x, 300)).apply_rescaled(np.ldexp(x, 300))
-    assert np.array_equal(z, y)
+    for k in (-60, 60):
+        scaled = np.ldexp(x, k)
+        assert np.array_equal(householder(scaled).apply_rescaled(scaled)[0], y)
 
 
 @each_size
@@ -326,7 +334,7 @@ def test_constant_rows_stay_out_of_all_groups():
     assert members(mix.order, mix.group)[:len(bare)] == [[others[i] for i in rows] for rows in bare]
 
 
-# --------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 @each_width
@@ -398,12 +406,12 @@ def test_rows_that_are_all_zero_but_one_share_its_noise(bits):
     t = q(x, Given(32768))
     assert (np.delete(t.dequantize(), 3, axis=0) == 0).all()
     psq = create("psq", bits).variance(x).sum()
-    assert q.variance(x).sum() < psq / 4                  # a sixteenth, were all ranges of mixed rows a quarter
+    assert q.variance(x).sum() < psq / 4                  # a sixteenth, but for other fractions p
     worst = (abs(dense(t.mix, 16)[1][3]) @ t.scale)[0]
     assert (abs(t.dequantize("float64") - x)[3] <= worst * 0.51).all()
 
 
-# --------------------------------------------------------------------------------------- nothing waits for a device
+# ----------------------------------------------------------------------- nothing waits for a device
 
 
 class NoSync(np.ndarray):
@@ -416,10 +424,12 @@ class NoSync(np.ndarray):
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
         kwargs |= {} if out is None else {"out": tuple(bare(o) for o in out)}
-        return guard(getattr(ufunc, method)(*(bare(a) for a in inputs), **{k: bare(v) for k, v in kwargs.items()}))
+        named = {name: bare(value) for name, value in kwargs.items()}
+        return guard(getattr(ufunc, method)(*bare(inputs), **named))
 
     def __array_function__(self, function, types, args, kwargs):
-        return guard(function(*(bare(a) for a in args), **{name: bare(value) for name, value in kwargs.items()}))
+        named = {name: bare(value) for name, value in kwargs.items()}
+        return guard(function(*bare(args), **named))
 
     def __getitem__(self, index):
         return guard(bare(self)[bare(index)])
@@ -470,7 +480,8 @@ def test_grouping_asks_for_no_number(N):
 def test_building_the_transform_asks_for_no_number(N):
     x = student(N, 20)
     x[1::7], x[2::5] = 0, 3
-    mix = Householder(guard(x.min(axis=1).astype("float64")), guard(x.max(axis=1).astype("float64")))
+    low, high = x.min(axis=1).astype("float64"), x.max(axis=1).astype("float64")
+    mix = Householder(guard(low), guard(high))
     expected = householder(x)
     for field in ("order", "group", "starts", "n", "leads", "scales", "undo_scales", "exponent"):
         assert isinstance(getattr(mix, field), NoSync), field

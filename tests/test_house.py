@@ -108,7 +108,8 @@ def test_every_flag_is_explained_in_the_help():
 
 
 def test_dependencies_are_the_ones_that_are_used():
-    wanted = {re.split(r"[>=<]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    listed = (ROOT / "requirements.txt").read_text().split()
+    wanted = {re.split(r"[>=<]", line)[0] for line in listed}
     used = {name.split(".")[0] for path in SOURCES for name in imports(path)}
     assert wanted == used & {"numpy", "numba", "pillow", "PIL", "tqdm", "safetensors",
                              "threadpoolctl"}

@@ -174,6 +174,22 @@ def test_tensor_cores_take_extreme_codes_of_both_types(tensor_cores):
         assert (blas.matmul(a, a) == exact).all()
 
 
+def test_batch_norm_on_the_road_of_a_gpu_agrees_with_the_blocks_of_a_cpu(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, dy = (2 + rng.standard_normal((6, 5, 4, 3)) for _ in range(2))
+    weight, bias, inv_std = rng.standard_normal((3, 3))
+
+    def results():
+        mean, var = norm.statistics(x)
+        normal, y = norm.normalize(x, mean, inv_std, weight, bias)
+        return [mean, var, normal, y, *norm.backward(dy, normal, inv_std, weight)]
+
+    here = results()
+    monkeypatch.setattr(norm, "array_module", lambda _, elsewhere=Elsewhere(): elsewhere)
+    for a, b in zip(results(), here, strict=True):        # float64 sums of 120 terms
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-14 * abs(b).max())
+
+
 # ---- threads -------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What every quantizer promises: exact mean and variance, codes in range, no absolute epsilon, exact zeros, named errors.
+"""What every quantizer promises: exact mean and variance, codes in range, no absolute epsilon.
 
 The same tests run for each family at 2 to 8 bits. What only BHQ has is in test_bhq.py.
 """
@@ -48,7 +48,7 @@ def stream(name="layer.grad_x", seed=0, step=0):
 
 
 def spread(N=32, D=48, seed=0):
-    """Heavy-tailed rows of very different sizes, with a zero row, a constant row, two equal rows and zeros in between."""
+    """Rows of very different sizes: one zero, one constant, two equal; heavy tails; zeros."""
     rng = np.random.default_rng(seed)
     x = rng.standard_t(4, (N, D)) * rng.lognormal(0, 1.5, (N, 1))
     x *= rng.random((N, D)) > 0.2
@@ -105,12 +105,12 @@ EDGES = _edges()
 
 
 def largest_of_group(x, t):
-    """max|x| of the elements that share a scale, in the shape of the scale; all rows share where rows are mixed."""
+    """max|x| of the elements that share a scale, in its shape; where rows are mixed, of all."""
     axes = tuple(axis for axis, size in enumerate(t.scale.shape) if size == 1 or t.mix is not None)
     return abs(x.astype("float64")).max(axis=axes, keepdims=True)
 
 
-# --------------------------------------------------------------------------------------- shapes and ranges
+# -------------------------------------------------------------------------------- shapes and ranges
 
 
 @each_integer
@@ -161,10 +161,12 @@ def test_codes_stay_in_range_and_one_step_from_the_number_for_any_noise(name, ed
             exact = x.astype("float64")
             if t.mix is not None:
                 exact = t.mix.apply(exact)
-            # one step (and 2⁻¹⁰ of it for 16-bit noise), 2⁻²¹ of the largest number for float32, and a few of
-            # the smallest float a step: a scale cannot be finer. A wrapped code would be off by a whole range.
+            # one step (and 2⁻¹⁰ of it for 16-bit noise), 2⁻²¹ of the largest number for float32,
+            # and half the smallest float a step: a scale cannot be finer. A wrapped code would be
+            # off by a whole range.
             reach = largest_of_group(exact, t)
-            allowed = t.scale.astype("float64") * (1 + 2**-10) + 2.0**-21 * reach + highest * 2.0**-149
+            allowed = t.scale.astype("float64") * (1 + 2**-10) + 2.0**-21 * reach
+            allowed = allowed + highest * 2.0**-149
             assert (abs(t.rows("float64") - exact) <= allowed).all(), bits
         steps = tensors[2].codes.astype(int) - tensors[0].codes
         assert set(np.unique(steps)) <= {0, 1}            # all noise decides between two neighbours
@@ -207,11 +209,11 @@ def test_other_floats_are_taken_as_float32(name, dtype):
     assert q.bound(x) == q.bound(x.astype("float32"))
 
 
-# --------------------------------------------------------------------------------------- mean and variance
+# -------------------------------------------------------------------------------- mean and variance
 
 
 def every_noise(x, q):
-    """x̂ for each of the 65536 noises, elements of one column sharing theirs.  x (N, D) → (N, 65536, D) float64.
+    """x̂ for each of the 65536 noises, the same in a whole column.  x (N, D) → (N, 65536, D).
 
     Repeating the columns leaves every range as it is.
     """
@@ -230,7 +232,7 @@ def test_the_mean_over_all_noises_is_the_number(name, bits):
     t = q(x, Given(0))
     scale = np.broadcast_to(t.scale.astype("float64"), x.shape)
     reach = scale if t.mix is None else np.sqrt(t.mix.undo_squared(scale**2))
-    # rint to 16 bits is 2⁻¹⁷ of a step, float32 another 2⁻²⁴ of the code: 2⁻¹⁴ at 8 bits as declared
+    # rint to 16 bits is 2⁻¹⁷ of a step, float32 2⁻²⁴ of the code: 2⁻¹⁴ at 8 bits as declared
     assert (abs(mean - x) <= reach * 2.0**-14 * (2**bits / 256 + 0.25)).all()
     row = largest_of_group(x, t)
     assert (abs(mean - x) <= 2.0**-16 / (2**bits - 1) * 4 * row).all()
@@ -240,7 +242,7 @@ def test_the_mean_over_all_noises_is_the_number(name, bits):
 @each_width
 def test_the_variance_over_all_noises_is_the_closed_form(name, bits):
     x, q = lively(5, 6), make(name, bits)
-    if name == "bhq":                                     # mixed rows have noises of their own: before they are undone
+    if name == "bhq":                                     # mixed rows each have their own noise
         wide = np.tile(x, (1, 65536))
         t = q(wide, Given(np.repeat(np.arange(65536), 6)))
         rows = t.rows("float64").reshape(5, 65536, 6)
@@ -256,16 +258,17 @@ def test_the_variance_over_all_noises_is_the_closed_form(name, bits):
 def test_the_variance_found_by_bisection_is_the_closed_form(name, bits):
     q, x = make(name, bits), spread()
     closed = q.variance(x)
-    assert np.allclose(Quantizer.variance(q, x), closed, rtol=1e-12, atol=1e-14 * closed.max())  # float64 order
+    # float64, other order of operations
+    assert np.allclose(Quantizer.variance(q, x), closed, rtol=1e-12, atol=1e-14 * closed.max())
 
 
 def sampled(q, x, draws, noise):
-    """x̂ of independent draws, (N, draws, D) float64: columns repeated, so that one call makes all of them."""
+    """x̂ of independent draws, (N, draws, D) float64: columns repeated, one call makes all."""
     return q(np.tile(x, (1, draws)), noise).dequantize("float64").reshape(len(x), draws, x.shape[1])
 
 
 def z_scores(q, x, draws, noise):
-    """How many standard errors the mean of each element is from the number, where at least ten draws are up."""
+    """Standard errors between each element's mean and itself, where at least ten draws are up."""
     t, v = q(x, Given(0)), q.variance(x)
     whole = np.broadcast_to(t.scale.astype("float64") ** 2, x.shape)
     whole = whole if t.mix is None else t.mix.undo_squared(whole)
@@ -296,7 +299,8 @@ def test_nearest_rounding_fails_the_test_of_unbiasedness(name, bits):
 @each_width
 def test_the_sampled_variance_is_the_closed_form(name, bits):
     q, x, draws = make(name, bits), spread(), 1000
-    squares = ((sampled(q, x, draws, stream()) - x[:, None]) ** 2).sum(axis=(0, 2))    # (draws,) of the whole tensor
+    errors = sampled(q, x, draws, stream()) - x[:, None]
+    squares = (errors**2).sum(axis=(0, 2))                # (draws,) of the whole tensor
     error = squares.std() / np.sqrt(draws)                # standard error of their mean
     assert abs(squares.mean() - q.variance(x).sum()) < 5 * error
     assert 5 * error < 0.02 * q.variance(x).sum()         # the test can see 2%
@@ -307,14 +311,14 @@ def test_every_family_declares_itself_unbiased(name):
     assert make(name).unbiased
 
 
-# --------------------------------------------------------------------------------------- bounds
+# ------------------------------------------------------------------------------------------- bounds
 
 
 @each_integer
 @each_width
 def test_the_variance_is_at_most_the_bound_and_of_its_order(name, bits):
     q, x = make(name, bits), lively()
-    # ⅙ of a step squared against ¼; an exact zero saves half of that at 2 bits, when most numbers are close to it
+    # ⅙ of a step squared against ¼; at 2 bits most numbers are close to an exact zero, which saves
     assert 0.2 * q.bound(x) < q.variance(x).sum() <= q.bound(x)
 
 
@@ -356,7 +360,7 @@ def test_the_bound_of_psq_is_never_above_that_of_ptq(bits, data):
         assert make("psq", bits).bound(x) <= make("ptq", bits).bound(x)
 
 
-# --------------------------------------------------------------------------------------- zeros and constants
+# ------------------------------------------------------------------------------ zeros and constants
 
 
 @pytest.mark.parametrize("name", ["ptqz", "sym"])
@@ -402,7 +406,7 @@ def test_a_constant_tensor_is_exact(name, bits, value):
     q = make(name, bits)
     for h in (0, 32768, 65535):
         back = q(x, Given(h)).dequantize("float64")
-        # only sym has a step smaller than |v|: |v| / top, of which float32 keeps all but half an ulp
+        # only sym has a step below |v|: |v| / top, of which float32 keeps all but half an ulp
         allowed = 2.0**-24 * abs(x.astype("float64")) + 2.0**-149 * 64 if name == "sym" else 0
         assert (abs(back - x) <= allowed).all()
     assert (q.variance(x) == 0).all()
@@ -416,7 +420,7 @@ def test_a_tensor_of_zeros_has_scale_one_and_zero_zero(name):
     assert (t.zero == 0).all()
 
 
-# --------------------------------------------------------------------------------------- the integer zero
+# --------------------------------------------------------------------------------- the integer zero
 
 
 @each_width
@@ -450,7 +454,8 @@ def test_ptqz_covers_the_range_without_clipping(bits):
 
 @each_width
 def test_ptqz_takes_a_minimum_below_one_step(bits):
-    x = np.random.default_rng(0).random((8, 12)).astype("float32")    # the authors' code divides by zero here
+    x = np.random.default_rng(0).random((8, 12)).astype("float32")
+    # the authors' code divides by zero here
     x[0, 0], x[0, 1] = -1e-4, 1
     t = make("ptqz", bits)(x, stream())
     assert t.zero[0, 0] == 1
@@ -489,7 +494,7 @@ def test_sym_uses_as_many_codes_above_as_below(bits):
     assert make("sym", bits)(x, Given(0)).scale[0, 0] == np.float32(4 / top)
 
 
-# --------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 @each_one
@@ -527,7 +532,8 @@ def test_gradients_of_size_1e_9_lose_no_precision(name, bits):
     small = np.ldexp(x, -30)                              # 1e-9 of the size
     relative = q.variance(small).sum() / (small.astype("float64") ** 2).sum()
     assert relative == q.variance(x).sum() / (x.astype("float64") ** 2).sum()
-    assert np.array_equal(q(small, stream()).scale, np.ldexp(q(x, stream()).scale, -30))   # no 1e-8 was added
+    # no 1e-8 was added
+    assert np.array_equal(q(small, stream()).scale, np.ldexp(q(x, stream()).scale, -30))
 
 
 def test_rows_of_all_sizes_keep_their_relative_error():
@@ -536,10 +542,11 @@ def test_rows_of_all_sizes_keep_their_relative_error():
     low, high = x.min(axis=1), x.max(axis=1)
     step = high / 255 - low / 255
     assert (abs(t.dequantize("float64") - x).max(axis=1) <= step * (1 + 2**-10)).all()
-    back = make("bhq", 8)(x, stream()).dequantize("float64")
+    back = sampled(make("bhq", 8), x, 1000, stream())
     assert np.isfinite(back).all()
-    error, expected = ((back - x) ** 2).sum(), make("bhq", 8).variance(x).sum()
-    assert 0.5 < error / expected < 2                     # the closed form; some 30 elements of comparable noise
+    squares = ((back - x[:, None]) ** 2).sum(axis=(0, 2))         # (draws,)
+    error = squares.std() / np.sqrt(1000)                         # standard error of their mean
+    assert abs(squares.mean() - make("bhq", 8).variance(x).sum()) < 5 * error
 
 
 @each_integer
@@ -551,7 +558,7 @@ def test_subnormal_numbers_are_quantized(name, bits):
     t = make(name, bits)(x, stream())
     # a range over the bins (sym: max over half of them), and half an ulp of scale a step
     allowed = 2 * width / (bins - 1) + bins * tiny
-    if name == "bhq":                                     # the scale is a few ulp, T⁻¹ at most doubles a range
+    if name == "bhq":                                     # the scale is a few ulp, T⁻¹ up to 2
         allowed = 4 * width / bins + 4 * bins * tiny
     assert (abs(t.dequantize("float64") - x) <= allowed).all()
     assert np.isfinite(make(name, bits).variance(x)).all()
@@ -569,7 +576,7 @@ def test_the_largest_floats_are_quantized(name, bits):
     assert (error <= 2 / (2**bits - 2) * (1 + 2**-10)).all()
 
 
-# --------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 @each_width
@@ -594,7 +601,7 @@ def test_a_row_of_psq_does_not_depend_on_the_others(bits):
         assert alone.zero[0] == t.zero[i]
 
 
-# --------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------- noise
 
 
 @each_integer
@@ -639,7 +646,8 @@ def test_errors_of_two_places_two_layers_and_two_steps_are_uncorrelated(name):
     q, x = make(name, 4), lively(32, 512)
     one = Streams(0)
     errors = []
-    for layer, step in (("conv1.grad_w", 0), ("conv1.grad_x", 0), ("conv2.grad_w", 0), ("conv1.grad_w", 1)):
+    places = [("conv1.grad_w", 0), ("conv1.grad_x", 0), ("conv2.grad_w", 0), ("conv1.grad_w", 1)]
+    for layer, step in places:
         one.step = step
         error = q(x, one.stream(layer)).dequantize("float64") - x
         errors.append((error / np.sqrt(q.variance(x).mean(axis=1, keepdims=True))).reshape(-1))
@@ -649,7 +657,7 @@ def test_errors_of_two_places_two_layers_and_two_steps_are_uncorrelated(name):
     assert abs(correlation).max() < 5 * np.sqrt(group / x.size)
 
 
-# --------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @each_one
@@ -658,7 +666,7 @@ def test_errors_of_two_places_two_layers_and_two_steps_are_uncorrelated(name):
 def test_a_number_that_is_not_finite_raises_with_the_streams_name(name, bad, place):
     x = EDGES["normal"].copy()
     x[place] = bad
-    with pytest.raises(NonFiniteError, match="^layer3.grad_x: NaN or infinity entered a quantizer") as error:
+    with pytest.raises(NonFiniteError, match="^layer3.grad_x: NaN or infinity entered") as error:
         make(name)(x, stream("layer3.grad_x"))
     assert error.value.name == "layer3.grad_x"
 
@@ -691,7 +699,7 @@ def test_an_empty_array_raises(name, shape):
         make(name)(np.zeros(shape, "float32"), stream())
 
 
-# --------------------------------------------------------------------------------------- fast = reference
+# --------------------------------------------------------------------------------- fast = reference
 
 
 def real_zero_equals_reference(t, x, h, bits):
@@ -704,12 +712,14 @@ def real_zero_equals_reference(t, x, h, bits):
 
 
 @each_width
-@pytest.mark.parametrize("data", [spread, lively, lambda: spread(40, 3000), lambda: spread(5, 70000)])
+@pytest.mark.parametrize("data", [
+    spread, lively, lambda: spread(40, 3000), lambda: spread(5, 70000)])
 def test_psq_and_ptq_are_their_reference_bit_for_bit(bits, data):
     x = data()
     real_zero_equals_reference(make("psq", bits)(x, stream()), x, stream().bits(x.shape), bits)
     row = x.reshape(1, -1)
-    real_zero_equals_reference(make("ptq", bits)(row, stream()), row, stream().bits(row.shape), bits)
+    h = stream().bits(row.shape)
+    real_zero_equals_reference(make("ptq", bits)(row, stream()), row, h, bits)
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (1, 200_000), (40, 3000), (3, 70_000), (70_000, 1)])
@@ -726,7 +736,8 @@ def test_blocks_of_codes_are_their_reference_bit_for_bit(shape, bits):
     rng, bins, top = np.random.default_rng(0), 2**bits - 1, 2 ** (bits - 1) - 1
     x = rng.standard_normal(shape).astype("float32")
     h = rng.integers(0, 65536, shape).astype("uint16")
-    low, high = -rng.random((shape[0], 1)).astype("float32") - 5, rng.random((shape[0], 1)).astype("float32") + 5
+    low = -5 - rng.random((shape[0], 1)).astype("float32")
+    high = 5 + rng.random((shape[0], 1)).astype("float32")
     _, inv = reference.grid(low, high, bins)
     expected = reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
     codes = rounding.affine_codes(x, low, inv, h, bins)
@@ -752,18 +763,18 @@ def test_fixed_point_is_exact_in_float32_and_clipped_at_the_top():
         assert fixed.max() <= 65536 * bins + 1 < 2**24
         beyond += (fixed > 65536 * bins).sum()
         assert (reference.round_codes(fixed, np.uint16(65535), bins) == bins).all()
-    assert beyond > 0                                     # rint's + 1 does occur: the clip is needed
+    assert beyond > 0                                     # rint's + 1 does occur
 
 
 def test_only_rows_of_extreme_range_are_rescaled():
-    x = np.ldexp(np.ones((4, 2), "float32"), np.array([[0], [-120], [126], [-99]])) * np.array([[-1, 1]], "float32")
+    x = np.array([[-1, 1]], "float32") * np.ldexp(np.float32(1), [[0], [-120], [126], [-99]])
     y, low, high, e = rescaled(x, x[:, :1], x[:, 1:])
     assert np.array_equal(e[:, 0] != 0, [False, True, True, False])
     assert np.array_equal(np.ldexp(y, e), x)
     assert np.array_equal(y[[0, 3]], x[[0, 3]])
     assert np.array_equal(np.concatenate([low, high], axis=1), y)
     plain = x[[0, 3]]
-    assert rescaled(plain, plain[:, :1], plain[:, 1:])[0] is plain    # no copy where nothing is extreme
+    assert rescaled(plain, plain[:, :1], plain[:, 1:])[0] is plain    # nothing extreme: no copy
 
 
 def test_a_grids_zero_belongs_to_the_scale_that_is_stored():
@@ -774,7 +785,7 @@ def test_a_grids_zero_belongs_to_the_scale_that_is_stored():
     assert np.allclose(back[:, 0], x.min(axis=1), rtol=2.0**-23, atol=0)   # code 0 is the minimum
 
 
-# --------------------------------------------------------------------------------------- a quantizer of one's own
+# ------------------------------------------------------------------------- a quantizer of one's own
 
 
 @pytest.fixture
@@ -812,7 +823,8 @@ def test_a_registered_quantizer_is_a_recipe_at_once():
     dx = layer.backward(dy)
     assert dx.shape == (8, 6)
     assert str(layer.q.grad_x) == "half4"
-    assert abs(layer.q.grad_x(dy).dequantize()).max() <= abs(dy).max() / 2 * (1 + 2.0**-23)   # clipped, float32
+    clipped = abs(layer.q.grad_x(dy).dequantize()).max()
+    assert clipped <= abs(dy).max() / 2 * (1 + 2.0**-23)  # float32
 
 
 def test_the_registry_forgets_what_the_test_removed():
@@ -832,7 +844,8 @@ def test_a_biased_quantizer_is_biased_where_it_says(half, bits):
     # the clipped number, to 2⁻¹⁷ of a step for rint and float32's part of the code
     assert (abs(mean - np.clip(x, -high, high)) <= t.scale * (2.0**-17 + 2.0**-23 * 2**bits)).all()
     variance = t.dequantize("float64").reshape(5, 65536, 6).var(axis=1)
-    assert np.allclose(q.variance(x), variance, rtol=1e-9, atol=1e-12 * variance.max())   # float64 sums
+    # float64 sums of 65536 terms
+    assert np.allclose(q.variance(x), variance, rtol=1e-9, atol=1e-12 * variance.max())
     assert (q.variance(x)[abs(x) > high] == 0).all()
     assert q.variance(x).sum() <= q.bound(x)
 
@@ -849,11 +862,12 @@ def test_a_biased_quantizer_fails_the_test_of_unbiasedness(half):
 @pytest.mark.usefixtures("half")
 def test_a_taken_name_raises():
     for name, kind in (("half", "Half"), ("psq", "PSQ")):
-        with pytest.raises(ValueError, match=f"named '{name}' is registered already, {kind}: choose another"):
+        with pytest.raises(ValueError, match=f"'{name}' is registered already, {kind}: choose"):
             quantizers.register(name)
 
 
-@pytest.mark.parametrize("name", ["", "Half", "half4", "4half", "half-way", "half way", "_half", "ptq:x"])
+@pytest.mark.parametrize("name", [
+    "", "Half", "half4", "4half", "half-way", "half way", "_half", "ptq:x"])
 def test_a_bad_name_raises(name):
     with pytest.raises(ValueError, match="use lower-case letters, digits and _, the last no digit"):
         quantizers.register(name)
@@ -876,7 +890,7 @@ def test_a_quantizer_without_a_call_says_so():
         Bare(4)(EDGES["normal"], stream())
 
 
-# --------------------------------------------------------------------------------------- create, parse, bind
+# ------------------------------------------------------------------------------ create, parse, bind
 
 
 @each_width
@@ -899,7 +913,7 @@ def test_identity_has_no_bits():
 @pytest.mark.parametrize("bits", [None, 0, 1, 9, 16, -3])
 @each_integer
 def test_bits_outside_2_to_8_raise(name, bits):
-    with pytest.raises(ValueError, match=f"^{name} with bits {bits}: expected 2 to 8 bits, as in {name}8"):
+    with pytest.raises(ValueError, match=f"^{name} with bits {bits}: expected 2 to 8 bits, as in"):
         create(name, bits=bits)
 
 
@@ -908,9 +922,10 @@ def test_an_unknown_name_raises_and_lists_the_known():
         create("hqq", bits=4)
 
 
-@pytest.mark.parametrize("spec", ["", "8", "PTQ8", "ptq8:", "ptq8:floor", "ptq 8", "ptq8 ", "ptq-8", None, 8, b"ptq8"])
+@pytest.mark.parametrize("spec", [
+    "", "8", "PTQ8", "ptq8:", "ptq8:floor", "ptq 8", "ptq8 ", "ptq-8", None, 8, b"ptq8"])
 def test_a_spec_that_cannot_be_read_raises(spec):
-    with pytest.raises(ValueError, match="expected a name and its bits, perhaps a rounding: bhq5, ptq8:nearest"):
+    with pytest.raises(ValueError, match="expected a name and its bits, perhaps a rounding: bhq5"):
         quantizers.parse(spec)
 
 
@@ -939,7 +954,7 @@ def test_a_spec_may_override_the_rounding_of_its_place(spec, place, expected):
     assert np.array_equal(bound(x).codes, create("ptq", 4)(x, noise).codes)
 
 
-# --------------------------------------------------------------------------------------- ranges for evaluation
+# ---------------------------------------------------------------------------- ranges for evaluation
 
 
 @pytest.mark.parametrize("name", ["ptq", "ptqz", "sym"])
@@ -975,7 +990,8 @@ def test_the_running_range_starts_with_the_first_batch_and_moves_by_a_tenth():
     assert not act.calibrated
     t = act(x)
     assert np.array_equal(act.range, np.array([x.min(), x.max()]))
-    assert np.array_equal(t.codes, create("ptq", 8)(x, nearest(Streams(0), "a")).codes)    # training: the batch's own
+    # training uses the batch's own
+    assert np.array_equal(t.codes, create("ptq", 8)(x, nearest(Streams(0), "a")).codes)
     assert t.name == "conv1.act"
     act(x * 3)
     assert np.allclose(act.range, np.array([x.min(), x.max()]) * 1.2, rtol=1e-6, atol=0)   # float32
@@ -1026,4 +1042,5 @@ def test_a_quantizer_without_a_static_range_has_none(spec):
     act(x)
     assert np.isnan(act.range).all()
     act.training = False
-    assert np.array_equal(act(x).codes, quantizers.parse(spec)[0](x, nearest(Streams(0), "a")).codes)
+    expected = quantizers.parse(spec)[0](x, nearest(Streams(0), "a"))
+    assert np.array_equal(act(x).codes, expected.codes)

@@ -1,4 +1,4 @@
-"""Recipes: the presets, what replace changes, and that every field is validated with a message that names it."""
+"""Recipes: the presets, what replace changes, and a message for every error, naming the field."""
 import dataclasses
 
 import pytest
@@ -10,7 +10,8 @@ from minifqt.recipes import PRESETS, Recipe
 
 def test_the_default_recipe_is_the_papers():
     recipe = Recipe()
-    assert (recipe.act, recipe.weight, recipe.grad_w, recipe.grad_x) == ("ptq8", "sym8", "ptq8", "bhq5")
+    places = recipe.act, recipe.weight, recipe.grad_w, recipe.grad_x
+    assert places == ("ptq8", "sym8", "ptq8", "bhq5")
     assert recipe.eval_range == "running"
 
 
@@ -86,12 +87,12 @@ def test_a_bad_eval_range_raises():
 
 @pytest.mark.parametrize("name", ["fp16", "qat4", "bhq", "bhq9", "hadamard5", "BHQ5", ""])
 def test_an_unknown_recipe_raises_and_lists_the_presets(name):
-    with pytest.raises(ValueError, match=f"recipe '{name}': expected fp32, qat8, or a gradient quantizer"):
+    with pytest.raises(ValueError, match=f"^recipe '{name}': expected fp32, qat8, or a gradient"):
         minifqt.recipe(name)
 
 
 def test_identity_is_no_recipe():
-    with pytest.raises(ValueError, match="full precision is the recipe fp32; qat8 quantizes the forward"):
+    with pytest.raises(ValueError, match="full precision is the recipe fp32; qat8 quantizes"):
         minifqt.recipe("identity")
 
 

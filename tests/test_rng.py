@@ -1,4 +1,4 @@
-"""Noise: a function of (seed, stream name, step, element), checked against NumPy's own Philox; errors kept on a device."""
+"""Noise: a function of (seed, stream name, step, element), held to NumPy's own Philox."""
 import hashlib
 import types
 
@@ -14,7 +14,8 @@ KEYS = [(0, 0), (1, 2), (2**63, 2**64 - 1), (0x0123456789ABCDEF, 0xFEDCBA9876543
 
 def numpy_words(key, step, first, count):
     """Blocks of NumPy's compiled generator, (count, 4)."""
-    generator = np.random.Philox(counter=np.array([first, step, 0, 0], np.uint64), key=np.array(key, np.uint64))
+    generator = np.random.Philox(counter=np.array([first, step, 0, 0], np.uint64),
+                                 key=np.array(key, np.uint64))
     return generator.random_raw(4 * count).reshape(count, 4)
 
 
@@ -24,7 +25,7 @@ def expected_key(seed, name):
 
 
 def another_module():
-    """An array module that is not numpy but computes alike: what bits() takes the plain path for."""
+    """Not numpy but computes alike: what bits() takes the plain path for."""
     module = types.ModuleType("another")
     module.__dict__.update({name: getattr(np, name) for name in np.__all__})
     return module
@@ -37,7 +38,7 @@ def restored_threads():
     minifqt.set_threads(before)
 
 
-# --------------------------------------------------------------------------------------- philox
+# ------------------------------------------------------------------------------------------- philox
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -58,7 +59,7 @@ def test_blocks_of_philox_follow_each_other():
     assert np.array_equal(philox((5, 6), 3, 7, 13), whole[7:])
 
 
-# --------------------------------------------------------------------------------------- streams
+# ------------------------------------------------------------------------------------------ streams
 
 
 @pytest.mark.parametrize("name", ["", "conv1.grad_w", "layer1.0.conv1.grad_x", "Gewichte-ä"])
@@ -75,20 +76,22 @@ def test_bits_are_the_words_of_philox_cut_in_four():
     bits = stream.bits((160,))
     assert bits.dtype == np.uint16
     assert np.array_equal(bits, words.view("<u2").reshape(-1))
-    for i in (0, 1, 2, 3, 4, 17, 159):                    # field i % 4 of word i // 4, low bits first
+    for i in (0, 1, 2, 3, 4, 17, 159):                    # field i % 4 of word i // 4, low first
         assert bits[i] == int(words.reshape(-1)[i // 4]) >> 16 * (i % 4) & 0xFFFF
 
 
 def test_large_keys_are_exact():
     names = [f"layer{i}.grad_x" for i in range(200)]
     large = [name for name in names if min(expected_key(0, name)) >= 2**63]
-    assert len(large) > 20                                # a quarter of them; a float64 holds none of these exactly
+    assert len(large) > 20                                # a quarter; a float64 holds few of these
     for name in large:
         words = numpy_words(expected_key(0, name), 0, 0, 2)
-        assert np.array_equal(Streams(0).stream(name).bits((32,)), words.view("<u2").reshape(-1)), name
+        bits = Streams(0).stream(name).bits((32,))
+        assert np.array_equal(bits, words.view("<u2").reshape(-1)), name
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (15,), (16,), (17,), (3, 5), (2, 3, 5, 7), (0,), (4, 0)])
+@pytest.mark.parametrize("shape", [
+    (), (1,), (15,), (16,), (17,), (3, 5), (2, 3, 5, 7), (0,), (4, 0)])
 def test_any_shape_is_the_start_of_the_same_sequence(shape):
     stream = Streams(0).stream("a")
     bits = stream.bits(shape)
@@ -156,7 +159,8 @@ def test_bits_do_not_depend_on_the_order_of_calls():
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("threads", [2, 4])
 def test_bits_do_not_depend_on_the_number_of_threads(threads):
-    shape, stream = (3, 16 * rng._CHUNK // 2 + 5), Streams(0).stream("a")    # two pieces of work, the last not full
+    shape = (3, 16 * rng._CHUNK // 2 + 5)                 # two pieces of work, the last not full
+    stream = Streams(0).stream("a")
     minifqt.set_threads(1)
     alone = stream.bits(shape)
     minifqt.set_threads(threads)
@@ -178,8 +182,9 @@ def test_noises_of_streams_steps_and_seeds_are_uncorrelated():
         streams.step = step
         return streams.stream(name).bits((n,)).astype(np.float64)
 
-    noises = [draw(*key) for key in ((0, "conv1.grad_w", 0), (0, "conv1.grad_x", 0), (0, "conv2.grad_w", 0),
-                                     (0, "conv1.grad_w", 1), (0, "conv1.grad_w", 2), (1, "conv1.grad_w", 0))]
+    noises = [draw(*key) for key in (
+        (0, "conv1.grad_w", 0), (0, "conv1.grad_x", 0), (0, "conv2.grad_w", 0),
+        (0, "conv1.grad_w", 1), (0, "conv1.grad_w", 2), (1, "conv1.grad_w", 0))]
     noises.append(np.roll(noises[0], 1))                  # nor with its own neighbours
     correlation = np.corrcoef(noises) - np.eye(len(noises))
     assert abs(correlation).max() < 5 / np.sqrt(n)        # five standard errors
@@ -190,7 +195,8 @@ def test_the_noise_is_uniform():
     bits = Streams(0).stream("a").bits((n,))
     counts = np.bincount(bits >> 8, minlength=256)        # 256 cells
     chi2 = ((counts - n / 256) ** 2 / (n / 256)).sum()
-    assert abs(chi2 - 255) < 5 * np.sqrt(2 * 255)         # five standard deviations of χ² with 255 degrees
+    # five standard deviations of χ² with 255 degrees of freedom
+    assert abs(chi2 - 255) < 5 * np.sqrt(2 * 255)
     low = np.bincount(bits & 255, minlength=256)
     assert abs(((low - n / 256) ** 2 / (n / 256)).sum() - 255) < 5 * np.sqrt(2 * 255)
 
@@ -258,7 +264,8 @@ class DeviceFlag:
 def device_flags(monkeypatch):
     """Let the rng take DeviceFlag for an array of another module."""
     real = rng.array_module
-    monkeypatch.setattr(rng, "array_module", lambda x: None if isinstance(x, DeviceFlag) else real(x))
+    monkeypatch.setattr(
+        rng, "array_module", lambda x: None if isinstance(x, DeviceFlag) else real(x))
 
 
 def test_on_the_cpu_what_is_not_finite_raises_at_once():
@@ -275,7 +282,8 @@ def test_on_a_device_it_is_remembered_without_waiting_and_raised_when_asked():
     streams = Streams(0)
     for name, finite in (("a", True), ("b", False), ("b", True), ("c", False)):
         streams.stream(name).require_finite(DeviceFlag(finite))
-    with pytest.raises(NonFiniteError, match="^b: NaN"):  # a later finite b does not clear it; b came before c
+    # a later finite b does not clear it; b came before c
+    with pytest.raises(NonFiniteError, match="^b: NaN"):
         streams.raise_pending()
     streams.raise_pending()                               # told once
 

@@ -277,7 +277,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("flag", CHANGES)
-def test_every_flag_of_the_run_acts(small, flag):
+@pytest.mark.usefixtures("small")
+def test_every_flag_of_the_run_acts(flag):
     base = ["--epochs", "2", "--schedule", "cosine", "--out"]
     assert train.main([*base, "a"]) == 0
     assert train.main([*base, "b", f"--{flag.replace('_', '-')}", CHANGES[flag]]) == 0
@@ -292,7 +293,8 @@ def test_the_other_flags_are_covered_by_name():
     assert len(flags) <= 20
 
 
-def test_device_threads_out_and_data_flags_act(small, monkeypatch, capsys):
+@pytest.mark.usefixtures("small")
+def test_device_threads_out_and_data_flags_act(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(train.data, "load", lambda *given: asked.append(given) or digits(128))
     assert train.main(["--epochs", "1", "--threads", "1", "--out", "here", "--dataset", "cifar10",
@@ -307,7 +309,8 @@ def test_device_threads_out_and_data_flags_act(small, monkeypatch, capsys):
         assert "device cuda: CuPy is not installed" in capsys.readouterr().err
 
 
-def test_an_interrupted_command_says_how_to_go_on_and_does(small, monkeypatch, capsys):
+@pytest.mark.usefixtures("small")
+def test_an_interrupted_command_says_how_to_go_on_and_does(monkeypatch, capsys):
     original = train.Loader
     monkeypatch.setattr(train, "Loader", lambda *a, **k: (
         InterruptAt(original(*a, **k), 1) if k["train"] else original(*a, **k)))
@@ -319,7 +322,8 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(small, monkeypatch, c
     assert outcome("a") == outcome("b")
 
 
-def test_resume_uses_the_runs_settings_and_refuses_others(small, capsys):
+@pytest.mark.usefixtures("small")
+def test_resume_uses_the_runs_settings_and_refuses_others(capsys):
     assert train.main(["--epochs", "1", "--recipe", "psq4", "--lr", "0.02", "--out", "a"]) == 0
     assert train.main(["--resume", "a", "--recipe", "bhq5"]) == 1
     assert "--recipe bhq5: the run in a has psq4" in capsys.readouterr().err
@@ -329,7 +333,8 @@ def test_resume_uses_the_runs_settings_and_refuses_others(small, capsys):
         "psq4", 0.02, "psq4")
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(small, capsys):
+@pytest.mark.usefixtures("small")
+def test_a_folder_that_holds_a_run_is_not_overwritten(capsys):
     assert train.main(["--epochs", "1", "--out", "a"]) == 0
     before = Path("a/last.safetensors").read_bytes()
     assert train.main(["--epochs", "1", "--out", "a"]) == 1
@@ -356,7 +361,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(small, capsys):
     (["--resume", "nowhere"], "there is no such checkpoint"),
     (["--lr", "1e30", "--epochs", "1"], "last.safetensors is the last good checkpoint"),
 ])
-def test_a_setting_that_cannot_work_is_one_clear_line(small, capsys, arguments, message):
+@pytest.mark.usefixtures("small")
+def test_a_setting_that_cannot_work_is_one_clear_line(capsys, arguments, message):
     with np.errstate(all="ignore"):
         assert train.main(arguments) == 1
     error = capsys.readouterr().err.strip().splitlines()
@@ -387,7 +393,7 @@ def test_the_digits_are_learnt_with_five_bit_gradients(tmp_path, monkeypatch, ca
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_saves_and_resumes(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--epochs", "3", "--out", str(tmp_path / "a")]
+    command = [sys.executable, "train.py", "--epochs", "3", "--out", str(tmp_path / "a")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch   1"):
@@ -396,7 +402,7 @@ def test_ctrl_c_in_a_terminal_saves_and_resumes(tmp_path):
         rest = process.stdout.read()
         assert process.wait(60) == 130
     assert f"go on with: python train.py --resume {tmp_path / 'a'}" in rest
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--resume", str(tmp_path / "a")],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+    again = [sys.executable, "train.py", "--resume", str(tmp_path / "a")]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "epoch   3/3" in done.stdout

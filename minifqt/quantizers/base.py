@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minifqt.backend import Array, array_module
+from minifqt.backend import Array, array_module, to_cpu
 from minifqt.qtensor import QTensor
 from minifqt.rng import Stream, Streams, nearest
 
@@ -212,4 +212,4 @@ class BoundActivation(Bound):
 
     def load_range(self, values: Array) -> None:
         """Take over a saved range; NaN means that there was none.  # sync"""
-        self.range, self.calibrated = values, bool(array_module(values).isfinite(values).all())
+        self.range, self.calibrated = values, bool(np.isfinite(to_cpu(values)).all())

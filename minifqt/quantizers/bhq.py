@@ -14,7 +14,7 @@ from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
 
 # Columns mixed at a time: 128 rows of float64 fit a core's cache.
-_COLUMNS = 512
+_COLUMNS = 1024
 
 
 @register("bhq")
@@ -63,11 +63,11 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
     largest = ranges.max()
     v = xp.rint(ranges / xp.where(largest > 0, largest, 1) * 2**23).astype("int64")
     order = xp.argsort(xp.where(alone, 1, -v), kind="stable")  # large first, those left out last
-    v, M = v[order], N - alone.sum()
+    v, M = v[order], N - alone.sum(keepdims=True)              # (1,), and so k and G
     sums, k = xp.cumsum(v), xp.arange(1, N + 1)
     last = M - k - 1                                      # the last leader, were there k small rows
     fits = (last >= 0) & (k * v[last.clip(0)] > sums[last.clip(0)])
-    k = xp.where(fits.any(), fits.argmax() + 1, 0)
+    k = xp.where(fits.any(), fits.argmax(keepdims=True) + 1, 0)
     G, row = M - k, xp.arange(N)
     ends = xp.rint(sums * k / xp.maximum(sums[(G - 1).clip(0)], 1)).astype("int64")
     ends = xp.where(row < G, ends, N + 1)                 # small rows before ends[i]: groups 0 .. i

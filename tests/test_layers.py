@@ -1,0 +1,550 @@
+"""Layers as a user meets them: names, state, quantizers in their places, ranges, errors."""
+import logging
+import re
+
+import numpy as np
+import pytest
+
+import models
+from minifqt import NonFiniteError, backend, cross_entropy, layers, recipe
+from minifqt.layers import BatchNorm2d, Conv2d, Layer, Linear, MaxPool2d, ReLU, Sequential
+from models.resnet_cifar import DownBlock
+
+
+def images(*shape):
+    return np.random.default_rng(0).standard_normal(shape, dtype="float32")
+
+
+def step(net, x):
+    """One forward and backward; the labels are 0, 1, 2, …"""
+    logits = net.forward(x)
+    _, dlogits = cross_entropy(logits, np.arange(len(x)) % logits.shape[1])
+    return net.backward(dlogits)
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def cifar_names(n):
+    """Parameters of the pre-activation ResNet of 6n + 2 layers, in forward order."""
+    names = ["conv1.weight"]
+    for stage in (1, 2, 3):
+        for block in range(n):
+            shortcut = ["shortcut.weight"] if stage > 1 and block == 0 else []
+            names += [f"layer{stage}.{block}.{name}" for name in (
+                "bn1.weight", "bn1.bias", *shortcut, "conv1.weight", "bn2.weight", "bn2.bias",
+                "conv2.weight")]
+    return [*names, "bn.weight", "bn.bias", "fc.weight", "fc.bias"]
+
+
+def torchvision_names(depths, convolutions):
+    """Parameters of torchvision.models.resnet, in its order."""
+    names = ["conv1.weight", "bn1.weight", "bn1.bias"]
+    for stage, depth in enumerate(depths, start=1):
+        for block in range(depth):
+            for i in range(1, convolutions + 1):
+                names += [f"layer{stage}.{block}.{name}"
+                          for name in (f"conv{i}.weight", f"bn{i}.weight", f"bn{i}.bias")]
+            if block == 0 and (stage > 1 or convolutions == 3):
+                names += [f"layer{stage}.0.downsample.{name}"
+                          for name in ("0.weight", "1.weight", "1.bias")]
+    return [*names, "fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize(("name", "n", "count"), [
+    # 3×3 convolutions 267,696, shortcuts 2,560, batch norms 1,376, classifier 650; then 6 blocks
+    # more a stage, of 4,672, 18,560 and 73,984: 0.27 M and 0.86 M, as in arXiv 1512.03385, table 6
+    ("resnet20", 3, 272_282), ("resnet56", 9, 272_282 + 6 * (4_672 + 18_560 + 73_984))])
+def test_cifar_parameters_have_their_names_in_forward_order(name, n, count):
+    params = models.build(name).params()
+    assert list(params) == cifar_names(n)
+    assert sum(p.data.size for p in params.values()) == count
+
+
+@pytest.mark.parametrize(("name", "depths", "convolutions", "count"), [
+    ("resnet18", (2, 2, 2, 2), 2, 11_689_512),            # counts as torchvision documents them
+    ("resnet34", (3, 4, 6, 3), 2, 21_797_672),
+    ("resnet50", (3, 4, 6, 3), 3, 25_557_032)])
+def test_imagenet_parameters_are_named_as_torchvisions(name, depths, convolutions, count):
+    net = models.build(name, classes=1000, recipe="fp32")
+    names = torchvision_names(depths, convolutions)
+    assert list(net.params()) == names
+    assert sum(p.data.size for p in net.params().values()) == count
+    running = {f"{bn[:-len('.weight')]}.{buffer}" for bn in names
+               if re.search(r"(bn\d|downsample\.1)\.weight$", bn)
+               for buffer in ("running_mean", "running_var")}
+    assert net.state().keys() == {*names, *running}
+
+
+def test_the_tree_is_walked_in_forward_order_with_dotted_names():
+    net = models.build("resnet20")
+    walked = [name for name, _ in net.walk()]
+    assert walked[:4] == ["", "conv1", "layer1", "layer1.0"]
+    assert walked[-4:] == ["bn", "relu", "pool", "fc"]
+    assert [name for name in walked if re.fullmatch(r"layer2\.0\..*", name)] == [
+        f"layer2.0.{name}"
+        for name in ("bn1", "relu1", "shortcut", "conv1", "bn2", "relu2", "conv2")]
+    assert len(set(walked)) == len(walked)
+    assert all(layer.name == name for name, layer in net.walk() if name)
+
+
+def test_printing_a_network_shows_the_four_quantizers_of_every_layer():
+    lines = str(models.build("resnet20", recipe="psq4")).splitlines()
+    shown = [line for line in lines if "Conv2d" in line or "Linear" in line]
+    assert len(shown) == 1 + 18 + 2 + 1
+    for line in shown:
+        assert line.endswith("act ptq8, weight sym8, grad_w ptq8, grad_x psq4")
+    assert "      conv1: Conv2d 16 → 16, 3×3, stride 1, padding 1: act ptq8" in "\n".join(lines)
+    changed = recipe("fp32").replace(grad_w="ptq6:nearest")
+    assert "grad_w ptq6:nearest, grad_x identity" in str(Linear(2, 2, recipe=changed))
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(name="resnet21"), "'resnet21'.*resnet8, resnet20"),
+    (dict(recipe="bhq9"), "2 to 8 bits"),
+    (dict(recipe="int8"), "'int8'"),
+    (dict(dtype="float64", recipe="bhq5"), "dtype float64.*expected float32, or float64 with"),
+    (dict(dtype="float64", recipe="qat8"), "dtype float64"),
+    (dict(dtype="float16", recipe="fp32"), "dtype float16"),
+    (dict(device="gpu"), "device 'gpu': expected auto, cpu or cuda"),
+    (dict(classes=0), "classes 0"),
+    (dict(channels=0), "channels 0"),
+    (dict(seed=-1), "seed -1"),
+])
+def test_what_cannot_be_built_raises(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(**{"name": "resnet8", **arguments})
+
+
+def test_a_missing_gpu_raises_and_says_what_to_do():
+    if backend.device_module("auto") is not np:
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="device cuda: .*Or use the device cpu"):
+        models.build("resnet8", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["fp32", "qat8", "ptq8", "psq4", "bhq5"])
+def test_layers_work_alone(name):
+    for layer, x in ((Conv2d(3, 4, 3, stride=2, padding=1, bias=True, recipe=name),
+                      images(5, 6, 6, 3)),
+                     (Linear(3, 4, recipe=name), images(5, 3)),
+                     (BatchNorm2d(3), images(5, 6, 6, 3)), (BatchNorm2d(3), images(5, 3))):
+        y = layer.forward(x)
+        dx = layer.backward(y)
+        assert y.dtype == dx.dtype == np.float32
+        assert dx.shape == x.shape
+        assert all(p.grad.shape == p.data.shape and p.grad.dtype == np.float32
+                   for p in layer.params().values())
+        assert layer.training
+        assert list(layer.params())[0] == "weight"
+
+
+def test_a_layer_that_defines_nothing_raises():
+    with pytest.raises(TypeError, match="Layer defines no forward"):
+        Layer().forward(images(1))
+    with pytest.raises(TypeError, match="Layer defines no backward"):
+        Layer().backward(images(1))
+
+
+def test_the_input_can_have_any_number_of_channels_and_the_output_of_classes():
+    net = models.build("resnet8", classes=7, recipe="fp32", channels=1)
+    assert net.forward(images(2, 8, 8, 1)).shape == (2, 7)
+
+
+# ---- initialisation ------------------------------------------------------------------------------
+
+
+def test_weights_are_he_normal():
+    for layer, fan_in in ((Conv2d(32, 64, (3, 5)), 32 * 3 * 5), (Linear(300, 200), 300)):
+        z = layer.weight.data / np.sqrt(2 / fan_in)
+        n = z.size                                        # 5 standard errors of each moment
+        assert abs(z.mean()) < 5 / np.sqrt(n)
+        assert abs((z**2).mean() - 1) < 5 * np.sqrt(2 / n)
+        assert abs((z**4).mean() - 3) < 5 * np.sqrt(96 / n)
+
+
+def test_biases_start_at_0_and_batch_norm_at_the_identity():
+    for name, array in models.build("resnet20", recipe="fp32").state().items():
+        if name.endswith((".bias", "running_mean")):
+            assert (array == 0).all()
+        elif "bn" in name:
+            assert (array == 1).all()
+
+
+def test_initial_weights_depend_on_the_seed_and_the_name_alone():
+    net = models.build("resnet20", seed=3, recipe="bhq5")
+    weight = "layer1.0.conv1.weight"
+    same = [models.build("resnet20", seed=3, recipe="fp32"), models.build("resnet32", seed=3),
+            models.build("resnet20", seed=3, recipe="fp32", dtype="float64")]
+    for other in same:
+        assert (other.params()[weight].data == net.params()[weight].data).all()
+    other = models.build("resnet20", seed=4).params()
+    assert (other[weight].data != net.params()[weight].data).mean() > 0.99
+    drawn = [p.data for p in net.params().values() if p.data.shape == (16, 3, 3, 16)]
+    assert len(drawn) == 6
+    assert len({array.tobytes() for array in drawn}) == 6
+
+
+def test_weight_decay_acts_on_weights_and_neither_on_biases_nor_on_batch_norm():
+    for name, p in models.build("resnet18", recipe="fp32").params().items():
+        assert p.decay == (name.endswith("weight") and p.data.ndim > 1)
+    assert not Conv2d(2, 3, 1, bias=True).bias.decay
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+def test_a_state_makes_the_round_trip():
+    net, other = models.build("resnet8", seed=0), models.build("resnet8", seed=1)
+    x = images(6, 8, 8, 3)
+    step(net, x)
+    other.load_state(net.state())
+    assert list(other.state()) == list(net.state())
+    assert all((a == b).all() for a, b in
+               zip(other.state().values(), net.state().values(), strict=True))
+    assert (other.eval().forward(x) == net.eval().forward(x)).all()
+
+
+def test_a_loaded_state_is_a_copy_in_the_types_of_the_network():
+    net = models.build("resnet8", recipe="fp32")
+    arrays = {name: array.astype("float64") for name, array in net.state().items()}
+    net.load_state(arrays)
+    for array in arrays.values():
+        array += 1
+    assert all(array.dtype == np.float32 for array in net.state().values())
+    assert all((array + 1 == arrays[name]).all() for name, array in net.state().items()
+               if name.startswith("bn"))
+
+
+def test_loading_forgets_gradients():
+    layer = Linear(3, 2)
+    layer.backward(layer.forward(images(4, 3)))
+    layer.load_state(layer.state())
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: s.pop("fc.bias"), r"1 .*missing.*'fc\.bias'.* 0 "),
+    (lambda s: s.pop("bn.running_var"), r"missing.*'bn\.running_var'"),
+    (lambda s: s.update(head=np.zeros(3)), r"1 .*unknown.*'head'"),
+    (lambda s: s.update({"fc.weight": np.zeros((5, 64))}),
+     r"fc\.weight has shape \(5, 64\); this network needs \(10, 64\)"),
+    (lambda s: s.update({"conv1.act_range": np.zeros(3)}), r"conv1\.act_range has shape \(3,\)"),
+])
+def test_a_state_that_does_not_fit_raises_and_changes_nothing(change, message):
+    net, state = models.build("resnet8", seed=0), models.build("resnet8", seed=1).state()
+    before = {name: array.copy() for name, array in net.state().items()}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        net.load_state(state)
+    for name, array in net.state().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_activation_ranges_may_be_missing_or_unknown_so_weights_move_between_recipes():
+    quantized, plain = models.build("resnet8", seed=0), models.build("resnet8", recipe="fp32")
+    step(quantized, images(4, 8, 8, 3))
+    plain.load_state(quantized.state())
+    assert (plain.fc.weight.data == quantized.fc.weight.data).all()
+    before = quantized.conv1.q.act.range.copy()
+    quantized.load_state(models.build("resnet8", seed=2, recipe="fp32").state())
+    assert (quantized.conv1.q.act.range == before).all()
+
+
+# ---- the four quantizers -------------------------------------------------------------------------
+
+
+def test_every_stream_of_a_network_has_a_name_of_its_own():
+    net = models.build("resnet20", recipe="bhq5", seed=5)
+    streams = {}
+    for name, layer in net.walk():
+        if isinstance(layer, layers.Quantized):
+            for place in ("act", "weight", "grad_w", "grad_x"):
+                bound = getattr(layer.q, place)
+                assert bound.name == bound.stream.name == f"{name}.{place}"
+                assert bound.stream.streams is net.streams
+                streams[bound.name] = tuple(bound.stream.key)
+    assert len(streams) == 4 * (1 + 18 + 2 + 1)
+    assert len(set(streams.values())) == len(streams)
+
+
+def test_forward_rounds_to_nearest_and_backward_stochastically():
+    layer = Linear(4, 3, recipe="psq4")
+    assert {place: bound.rounding for place, bound in vars(layer.q).items()} == {
+        "act": "nearest", "weight": "nearest", "grad_w": "stochastic", "grad_x": "stochastic"}
+    x, dy = images(5, 4), images(5, 3)
+    first = layer.forward(x), layer.backward(dy), layer.weight.grad
+    layer.streams.step = 1
+    again = layer.forward(x), layer.backward(dy), layer.weight.grad
+    assert (first[0] == again[0]).all()
+    assert (first[1] != again[1]).any()
+    assert (first[2] != again[2]).any()
+
+
+@pytest.mark.parametrize(("make", "x"), [
+    (lambda r: Linear(4, 3, recipe=r), images(6, 4)),
+    (lambda r: Conv2d(4, 3, 3, padding=1, recipe=r), images(6, 5, 5, 4))], ids=["linear", "conv"])
+def test_each_quantizer_acts_in_its_own_place(make, x):
+    """Coarse in one place alone: the results that it enters change, the others do not."""
+    enters = {"act": ("y", "dw"), "weight": ("y", "dx"), "grad_w": ("dw",), "grad_x": ("dx",)}
+
+    def results(r):
+        layer = make(r)
+        y = layer.forward(x)
+        dx = layer.backward(np.random.default_rng(0).standard_normal(y.shape, dtype="float32"))
+        return {"y": y, "dx": dx, "dw": layer.weight.grad}
+
+    exact = results("fp32")
+    for place, entered in enters.items():
+        coarse = results(recipe("fp32").replace(**{place: "ptq2"}))
+        for name, value in coarse.items():
+            assert (value != exact[name]).any() == (name in entered), (place, name)
+
+
+def test_conv1_and_the_shortcut_share_their_input_codes_but_not_their_noise():
+    block = layers.build(DownBlock(4, 6), "psq4")
+    block.forward(images(3, 6, 6, 4))
+    x1, x2 = block.conv1.saved()[0], block.shortcut.saved()[0]
+    assert (x1.codes == x2.codes).all()
+    dy = images(3, 3, 3, 6)
+    for place in ("grad_w", "grad_x"):
+        first, second = (getattr(layer.q, place)(dy) for layer in (block.conv1, block.shortcut))
+        assert (first.scale == second.scale).all()
+        assert (first.codes != second.codes).any()
+
+
+def test_the_two_copies_of_a_gradient_have_different_noise():
+    layer = Linear(4, 3, recipe="ptq8")
+    dy = images(50, 3)
+    gw, gx = layer.q.grad_w(dy), layer.q.grad_x(dy)
+    assert gw.name == "linear.grad_w"
+    assert gx.name == "linear.grad_x"
+    assert (gw.scale == gx.scale).all()
+    assert (gw.codes != gx.codes).any()
+
+
+def test_the_gradient_of_a_bias_is_the_sum_of_the_unquantized_dy():
+    for layer, x in ((Linear(4, 3, recipe="ptq2"), images(9, 4)),
+                     (Conv2d(4, 3, 1, bias=True, recipe="ptq2"), images(9, 5, 5, 4))):
+        dy = np.random.default_rng(1).standard_normal(layer.forward(x).shape, dtype="float32")
+        layer.backward(dy)
+        exact = dy.sum(axis=tuple(range(dy.ndim - 1)), dtype="float64")
+        # 16 float32 terms at a time, relative to Σ|dy|
+        assert abs(layer.bias.grad - exact).max() < 16 * 2.0**-24 * abs(dy).sum()
+
+
+def test_a_bias_is_added_to_every_pixel():
+    layer = Conv2d(2, 3, 3, padding=1, bias=True)
+    x = images(2, 4, 4, 2)
+    without = layer.forward(x)
+    layer.bias.data = np.float32([1, 2, 3])
+    np.testing.assert_array_equal(layer.forward(x), without + np.float32([1, 2, 3]))
+
+
+# ---- running ranges ------------------------------------------------------------------------------
+
+
+def test_the_running_range_starts_as_nan_takes_the_first_batch_and_then_moves_by_a_tenth():
+    layer, x = Linear(4, 3, recipe="ptq8"), images(5, 4)
+    assert np.isnan(layer.q.act.range).all()
+    layer.forward(x)
+    assert (layer.q.act.range == [x.min(), x.max()]).all()
+    layer.forward(3 * x)
+    moved = 0.9 * np.array([x.min(), x.max()]) + 0.1 * np.array([3 * x.min(), 3 * x.max()])
+    np.testing.assert_allclose(layer.q.act.range, moved, rtol=3e-7)           # float32
+    assert (layer.state()["act_range"] == layer.q.act.range).all()
+    before = layer.q.act.range
+    layer.eval().forward(100 * x)
+    assert (layer.q.act.range == before).all()
+
+
+def test_evaluation_clips_to_the_running_range():
+    layer = Linear(1, 1, bias=False, recipe="ptq8")
+    layer.weight.data = np.ones((1, 1), "float32")
+    layer.forward(np.float32([[-1], [2]]))
+    y = layer.eval().forward(np.float32([[-5], [-1], [2], [9]]))
+    np.testing.assert_allclose(y[:, 0], [-1, -1, 2, 2], rtol=1e-6)            # float32 scales
+
+
+def test_evaluation_does_not_depend_on_how_the_test_set_is_cut_into_batches():
+    net, x = models.build("resnet8", recipe="bhq5"), images(8, 8, 8, 3)
+    step(net, x[:4])
+    net.eval()
+    whole = net.forward(x)
+    assert (np.concatenate([net.forward(part) for part in np.split(x, [1, 3])]) == whole).all()
+
+
+def test_eval_range_batch_takes_the_range_of_the_batch_as_the_paper_does():
+    x = images(6, 4)
+    layer = Linear(4, 3, recipe=recipe("ptq8").replace(eval_range="batch"))
+    trained = layer.forward(x)
+    layer.forward(5 * x)
+    layer.eval()
+    assert (layer.forward(x) == trained).all()
+    assert (layer.forward(x[:2]) != trained[:2]).any()
+
+
+def test_evaluation_before_training_warns_once_and_uses_the_batch(caplog):
+    net, x = models.build("resnet8"), images(4, 8, 8, 3)
+    with caplog.at_level(logging.WARNING, logger="minifqt"):
+        first = net.eval().forward(x)
+        second = net.forward(x)
+    assert [record.name for record in caplog.records] == ["minifqt"]
+    assert re.match(r"conv1\.act has no running range yet: evaluation uses the batch's",
+                    caplog.records[0].getMessage())
+    assert (first == second).all()
+
+
+def test_a_loaded_range_is_used_and_a_nan_range_is_none(caplog):
+    trained, x = Linear(4, 3, recipe="ptq8"), images(5, 4)
+    trained.forward(x)
+    other = Linear(4, 3, recipe="ptq8")
+    other.load_state(trained.state())
+    assert (other.eval().forward(9 * x) == trained.eval().forward(9 * x)).all()
+    assert not caplog.records
+    other.load_state(Linear(4, 3, recipe="ptq8").state())
+    other.forward(x)
+    assert "no running range" in caplog.text
+
+
+def test_in_full_precision_there_is_no_range():
+    assert not any("range" in name for name in models.build("resnet8", recipe="fp32").state())
+
+
+# ---- floating-point layers -----------------------------------------------------------------------
+
+
+def test_batch_norm_normalizes_and_moves_its_running_statistics_by_a_tenth():
+    x = 3 + 2 * images(6, 4, 5, 2)
+    layer = BatchNorm2d(2)
+    layer.weight.data, layer.bias.data = np.float32([2, -1]), np.float32([5, 7])
+    x64, axes = x.astype("float64"), (0, 1, 2)
+    mean, var = x64.mean(axis=axes), x64.var(axis=axes)
+    y = layer.forward(x)
+    exact = (x64 - mean) / np.sqrt(var + 1e-5) * [2, -1] + [5, 7]
+    assert abs(y - exact).max() < 1e-5                    # float32, values up to 12
+    running = 0.1 * mean, 0.9 + 0.1 * var * 120 / 119     # from 0 and 1, the variance unbiased
+    np.testing.assert_allclose(layer.running_mean, running[0], rtol=1e-6)     # float32
+    np.testing.assert_allclose(layer.running_var, running[1], rtol=1e-6)
+    layer.forward(x)
+    np.testing.assert_allclose(layer.running_mean, 1.9 * running[0], rtol=1e-6)
+    y = layer.eval().forward(x)
+    exact = ((x64 - layer.running_mean) / np.sqrt(layer.running_var.astype("float64") + 1e-5)
+             * [2, -1] + [5, 7])
+    assert abs(y - exact).max() < 1e-5                    # float32, values up to 12
+
+
+def test_batch_norms_epsilon_is_1e_5():
+    layer = layers.build(BatchNorm2d(1), "fp32", dtype="float64")
+    y = layer.forward(np.array([[-1e-3], [1e-3]]))
+    np.testing.assert_allclose(y, [[-1e-3 / np.sqrt(1.1e-5)], [1e-3 / np.sqrt(1.1e-5)]], rtol=1e-12)
+
+
+def test_relu_is_0_below_and_its_gradient_at_0_is_0():
+    layer = ReLU()
+    assert (layer.forward(np.float32([[-2, -0.0, 0, 3]])) == [[0, 0, 0, 3]]).all()
+    assert (layer.backward(np.float32([[5, 6, 7, 8]])) == [[0, 0, 0, 8]]).all()
+
+
+def test_the_first_maximum_wins_a_tie_and_overlapping_windows_add():
+    layer, x = MaxPool2d(2, stride=1), np.zeros((1, 2, 3, 1), "float32")
+    x[0, :, 1] = 1                                        # both windows see two equal maxima
+    assert (layer.forward(x) == 1).all()
+    dx = layer.backward(np.float32([10, 100]).reshape(1, 1, 2, 1))
+    assert (dx[0, :, :, 0] == [[0, 110, 0], [0, 0, 0]]).all()
+
+
+def test_padding_never_wins_in_max_pooling():
+    layer, x = MaxPool2d(3, stride=2, padding=1), -1 - abs(images(2, 5, 5, 3))
+    y = layer.forward(x)
+    assert (y == [[[x[n, max(0, 2 * p - 1):2 * p + 2, max(0, 2 * q - 1):2 * q + 2].max(axis=(0, 1))
+                    for q in range(3)] for p in range(3)] for n in range(2)]).all()
+    assert layer.backward(np.ones_like(y)).sum() == y.size
+
+
+def test_max_pooling_with_too_much_padding_raises():
+    with pytest.raises(ValueError, match="padding 2 is more than half of kernel_size 3"):
+        MaxPool2d(3, padding=2)
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "name", "shape"), [
+    (lambda: Conv2d(3, 4, 3), "conv2d", (2, 8, 8, 4)),
+    (lambda: Conv2d(3, 4, 3), "conv2d", (8, 8, 3)),
+    (lambda: Linear(3, 4), "linear", (2, 4)),
+    (lambda: Linear(3, 4), "linear", (2, 5, 5, 3)),
+    (lambda: BatchNorm2d(3), "batchnorm2d", (4, 5, 5, 1)),
+    (lambda: BatchNorm2d(3), "batchnorm2d", (4, 5, 3)),
+    (lambda: models.build("resnet8"), "conv1", (2, 3, 8, 8)),
+])
+def test_an_input_of_another_shape_raises_and_names_the_layer(make, name, shape):
+    layer, shown = make(), re.escape(str(shape))
+    with pytest.raises(ValueError, match=rf"{name}: input of shape {shown}; expected"):
+        layer.forward(images(*shape))
+
+
+def test_batch_norm_of_one_number_a_channel_raises_in_training_alone():
+    net = layers.build(Sequential(BatchNorm2d(3)), "fp32")
+    with pytest.raises(ValueError, match="0: one number a channel has no variance"):
+        net.forward(images(1, 1, 1, 3))
+    assert net.eval().forward(images(1, 1, 1, 3)).shape == (1, 1, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bhq5"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_number_in_the_input_names_the_first_quantizer(name, bad):
+    net, x = models.build("resnet8", recipe=name), images(2, 8, 8, 3)
+    x[1, 2, 3, 0] = bad
+    with pytest.raises(NonFiniteError, match=r"conv1\.act: NaN or infinity entered a quantizer"):
+        net.forward(x)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bhq5"])
+def test_nan_in_the_gradient_names_the_quantizer_that_met_it(name):
+    net, x = models.build("resnet8", recipe=name), images(4, 8, 8, 3)
+    dlogits = np.ones_like(net.forward(x))
+    dlogits[0, 0] = np.nan
+    with pytest.raises(NonFiniteError, match=r"fc\.grad_w: NaN or infinity") as error:
+        net.backward(dlogits)
+    assert error.value.name == "fc.grad_w"
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_cross_entropy_against_smoothed_targets():
+    logits, labels = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])), np.array([0, 1])
+    loss, dlogits = cross_entropy(logits, labels)
+    assert loss == pytest.approx(-(np.log(0.5) + np.log(0.2)) / 2, rel=1e-14)
+    np.testing.assert_allclose(dlogits, [[-0.25, 0.125, 0.125], [0.05, -0.4, 0.35]], rtol=1e-14)
+    loss, dlogits = cross_entropy(logits, labels, label_smoothing=0.3)
+    target = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
+    assert loss == pytest.approx(-(target * logits).sum() / 2, rel=1e-14)
+    np.testing.assert_allclose(dlogits, (np.exp(logits) - target) / 2, atol=1e-16)  # float64
+
+
+def test_the_loss_of_huge_logits_is_finite():
+    logits = np.float32([[1e30, 0], [-1e30, 0]])
+    loss, dlogits = cross_entropy(logits, np.array([0, 0]))
+    assert loss == pytest.approx(5e29, rel=1e-7)
+    assert (dlogits == [[0, 0], [-0.5, 0.5]]).all()
+    assert dlogits.dtype == np.float32
+
+
+@pytest.mark.parametrize(("labels", "smoothing", "message"), [
+    (np.array([0, 1, 2]), 0, r"labels \(3,\)"),
+    (np.array([[0], [1]]), 0, r"labels \(2, 1\)"),
+    (np.array([0, 3]), 0, r"labels 0\.\.3 for 3 classes: expected 0\.\.2"),
+    (np.array([-1, 0]), 0, r"labels -1\.\.0 for 3 classes"),
+    (np.array([0.0, 1.0]), 0, "expected integers"),
+    (np.array([0, 1]), 1.0, "label_smoothing 1.0"),
+    (np.array([0, 1]), -0.1, "label_smoothing -0.1"),
+])
+def test_labels_or_a_smoothing_that_do_not_fit_raise(labels, smoothing, message):
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(np.zeros((2, 3)), labels, smoothing)
