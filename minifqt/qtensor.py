@@ -40,7 +40,7 @@ class QTensor:
     name: str = "tensor"
 
     def __post_init__(self):
-        if self.codes.dtype.name not in ("uint8", "int8", "float32", "float64"):
+        if self.codes.dtype.char not in "Bbfd":          # uint8, int8, float32, float64
             raise ValueError(f"{self.name}: codes are {self.codes.dtype}; "
                              "expected uint8, int8, float32 or float64.")
         for field in ("scale", "zero"):

@@ -11,8 +11,7 @@ from minifqt.backend import array_module, map_blocks
 from minifqt.kernels.reference import epilogue, first_to_last, output_size
 from minifqt.qtensor import QTensor
 
-# Partial sums of wgrad: fixed, so that threads change no float sum.
-PARTS = 8
+PARTS, LEAST = 8, 1 << 18                                 # pieces of work, and columns worth one
 
 
 class Floats:
@@ -21,7 +20,7 @@ class Floats:
     exact, columns = False, 1 << 20
 
     def __init__(self, dtype):
-        self.dtype = self.total = dtype
+        self.dtype = dtype
 
     def load(self, codes):
         return codes
@@ -34,7 +33,7 @@ class Floats:
 class Sgemm:
     """Integers in float32 BLAS: partial sums are integers below 2²⁴, held exactly, in any order."""
 
-    exact, dtype, total, columns = True, "float32", "float64", 1 << 20
+    exact, dtype, columns = True, "float32", 1 << 20
     slab = 2**24 // (128 * 128)                           # 1,024 terms of centred codes
 
     def load(self, codes):
@@ -53,7 +52,7 @@ class Sgemm:
 class TensorCores:
     """int8 GEMMs with int32 accumulation (cuBLAS): cupy.matmul would return int8, wrapped."""
 
-    exact, dtype, total, columns = True, "int8", "float64", 1 << 62
+    exact, dtype, columns = True, "int8", 1 << 62
     slab = 65536                                          # · 128 · 128 = 2³⁰ < 2³¹
 
     def __init__(self, gemm=None):
@@ -105,7 +104,7 @@ def engine_of(a, b):
 
 
 def centre(codes):
-    return 128 if codes.dtype.name == "uint8" else 0
+    return 128 if codes.dtype == np.uint8 else 0
 
 
 class Terms:
@@ -153,7 +152,7 @@ def matmul(a, b):
             sums = terms.finish(sums, b1, a1, K, rows)
         y[rows] = sums
 
-    run(engine, block, M, max(64, -(-M // PARTS)))
+    run(engine, block, M, piece(M, K))
     return y
 
 
@@ -208,7 +207,7 @@ def correlate(a, b, canvas, offset, spread, out, stride):
 
     needs_a1 = engine.exact and (terms.centre_b or terms.a1_matters)
     fit = engine.columns // max(1, P * Q * R * S * C)     # images whose columns fit the cache
-    run(engine, block, N, max(1, min(fit, -(-N // PARTS))))
+    run(engine, block, N, max(1, min(fit, piece(N, P * Q * R * S * C))))
     return y
 
 
@@ -226,7 +225,7 @@ def conv_wgrad(g, x, kernel, stride, padding):
     band = max(1, min(P, engine.columns // max(1, Q * width)))
 
     def part(rows):
-        total = xp.zeros((K + one, width), engine.total)
+        total = xp.zeros((K + one, width), "float64")
         for start in range(rows.start, rows.stop, images):
             some = slice(start, min(start + images, rows.stop))
             left = place(g.codes[some], engine, (P, Q), (0, 0), 1, one)
@@ -237,11 +236,19 @@ def conv_wgrad(g, x, kernel, stride, padding):
                 total += engine.dot(left[:, top:top + p].reshape(-1, K + one).T, columns.T)
         return total
 
-    total = sum(run(engine, part, N, -(-N // PARTS))).reshape(K + one, R, S, C + one)
+    total = sum(run(engine, part, N, piece(N, P * Q * width))).reshape(K + one, R, S, C + one)
     if not engine.exact:
         return total.astype(engine.dtype)
     return Terms(g, x, turn_a=first_to_last).finish(
         total[:K, ..., :C], total[K:, ..., :C], total[:K, ..., C:], total[K:, ..., C:])
+
+
+def piece(count, columns):
+    """Samples in one piece of work, of so many columns each.
+
+    Cut by shape alone, so that the number of threads changes no float sum.
+    """
+    return max(1, -(-count // PARTS), LEAST // max(1, columns))
 
 
 def run(engine, function, count, size):
