@@ -5,7 +5,7 @@ import pytest
 
 from minifqt.kernels import reference
 from minifqt.quantizers import create
-from minifqt.quantizers.bhq import Householder, groups
+from minifqt.quantizers.bhq import _COLUMNS, Householder, groups
 from minifqt.rng import Stream, Streams
 
 each_width = pytest.mark.parametrize("bits", range(2, 9))
@@ -289,11 +289,11 @@ def test_transforms_keep_the_dtype_and_take_any_number_of_axes():
 
 
 def test_columns_are_mixed_apart_from_each_other():
-    x = student(12, 1300)                                 # more than two blocks of columns
+    x = student(12, 2 * _COLUMNS + 300)                   # three blocks of columns
     mix = householder(x)
     for function in (mix.apply, mix.undo, mix.undo_squared):
         whole = function(x)
-        for column in (0, 511, 512, 1024, 1299):
+        for column in (0, _COLUMNS - 1, _COLUMNS, 2 * _COLUMNS, 2 * _COLUMNS + 299):
             assert np.array_equal(function(x[:, column:column + 1]), whole[:, column:column + 1])
 
 

@@ -68,14 +68,14 @@ def assert_gradients(layer, x, rng, elements=30):
 
 
 LAYERS = {
-    "conv 3×3": (lambda: Conv2d(3, 4, 3, padding=1), (2, 5, 4, 3)),
-    "conv 1×1": (lambda: Conv2d(3, 4, 1), (2, 3, 4, 3)),
-    "conv 1×1 stride 2": (lambda: Conv2d(3, 4, 1, stride=2), (2, 5, 6, 3)),
+    "conv 3x3": (lambda: Conv2d(3, 4, 3, padding=1), (2, 5, 4, 3)),
+    "conv 1x1": (lambda: Conv2d(3, 4, 1), (2, 3, 4, 3)),
+    "conv 1x1 stride 2": (lambda: Conv2d(3, 4, 1, stride=2), (2, 5, 6, 3)),
     "conv with bias": (lambda: Conv2d(2, 3, 3, bias=True), (2, 5, 6, 2)),
-    "conv 2×3 stride 2": (lambda: Conv2d(3, 2, (2, 3), stride=2, padding=1, bias=True),
+    "conv 2x3 stride 2": (lambda: Conv2d(3, 2, (2, 3), stride=2, padding=1, bias=True),
                           (2, 6, 5, 3)),
-    "conv 4×1 stride 3": (lambda: Conv2d(2, 2, (4, 1), stride=3, padding=2), (2, 7, 6, 2)),
-    "conv 7×7 stride 2": (lambda: Conv2d(2, 3, 7, stride=2, padding=3), (2, 6, 5, 2)),
+    "conv 4x1 stride 3": (lambda: Conv2d(2, 2, (4, 1), stride=3, padding=2), (2, 7, 6, 2)),
+    "conv 7x7 stride 2": (lambda: Conv2d(2, 3, 7, stride=2, padding=3), (2, 6, 5, 2)),
     "linear": (lambda: Linear(5, 4), (3, 5)),
     "linear without bias": (lambda: Linear(5, 4, bias=False), (3, 5)),
     "batch norm of images": (lambda: BatchNorm2d(3), (4, 3, 5, 3)),

@@ -10,13 +10,13 @@ from minifqt.kernels import blas, norm, reference, rounding
 SEEDS = range(40)
 
 
-def codes(rng, shape, free=None, zero=None):
+def codes(rng, shape, free=None, zero=None, varies=None):
     """Integer codes with any legal scale and zero: per tensor, or along the axis `free`."""
     dtype = rng.choice(["uint8", "int8"])
     low = 0 if dtype == "uint8" else -128
     extreme = rng.random() < 0.3                          # only the two outermost codes
     values = low + (255 * rng.integers(0, 2, shape) if extreme else rng.integers(0, 256, shape))
-    varies = free is not None and rng.random() < 0.5
+    varies = free is not None and rng.random() < 0.5 if varies is None else varies
     per = tuple(n if varies and axis == free else 1 for axis, n in enumerate(shape))
     zeros = {"none": np.zeros(per), "integer": rng.integers(low, low + 256, per),
              "real": rng.uniform(-300, 300, per), "large": rng.uniform(-4e7, 4e7, per)}
@@ -75,13 +75,14 @@ def test_products_equal_the_reference_whichever_zeros_let_a_term_be_left_out(zer
 
 def test_products_equal_the_reference_where_the_work_is_cut_into_blocks_bands_and_slabs():
     rng = np.random.default_rng(0)
-    a, b = codes(rng, (1100, 2100), 0), codes(rng, (3, 2100), 0)              # 3 blocks, 3 slabs
-    x, w = codes(rng, (3, 40, 40, 64), 0), codes(rng, (2, 3, 3, 64), 0)       # bands of rows
-    g, v = codes(rng, (3, 40, 40, 2), 3), codes(rng, (3, 40, 40, 64), 3)
-    assert_same_bits([blas.matmul(a, b), blas.conv_fprop(x, w, 1, 1),
-                      blas.conv_wgrad(g, v, (3, 3), 1, 1)],
-                     [reference.matmul(a, b), reference.conv_fprop(x, w, 1, 1),
-                      reference.conv_wgrad(g, v, (3, 3), 1, 1)])
+    a, b = codes(rng, (1100, 2100), 0, varies=True), codes(rng, (3, 2100), 0)    # 3 of each
+    x = codes(rng, (3, 80, 80, 64), 0, varies=True)                           # one block an image,
+    w = codes(rng, (2, 3, 3, 64), 0, varies=True)                             # 4 bands of rows
+    g, v = codes(rng, (3, 40, 40, 2), 3), codes(rng, (3, 80, 80, 64), 3)
+    assert_same_bits([blas.matmul(a, b), blas.conv_fprop(x, w, 2, 1),
+                      blas.conv_wgrad(g, v, (3, 3), 2, 1)],
+                     [reference.matmul(a, b), reference.conv_fprop(x, w, 2, 1),
+                      reference.conv_wgrad(g, v, (3, 3), 2, 1)])
 
 
 def test_codes_need_not_be_contiguous():
@@ -184,8 +185,8 @@ def test_batch_norm_on_the_road_of_a_gpu_agrees_with_the_blocks_of_a_cpu(monkeyp
         normal, y = norm.normalize(x, mean, inv_std, weight, bias)
         return [mean, var, normal, y, *norm.backward(dy, normal, inv_std, weight)]
 
-    here = results()
-    monkeypatch.setattr(norm, "array_module", lambda _, elsewhere=Elsewhere(): elsewhere)
+    here, elsewhere = results(), Elsewhere()
+    monkeypatch.setattr(norm, "array_module", lambda _: elsewhere)
     for a, b in zip(results(), here, strict=True):        # float64 sums of 120 terms
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-14 * abs(b).max())
 

@@ -695,7 +695,7 @@ def test_identity_takes_large_numbers_whose_sum_overflows():
 @each_one
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (2, 0, 3)])
 def test_an_empty_array_raises(name, shape):
-    with pytest.raises(ValueError, match="is empty: a quantizer needs at least one number"):
+    with pytest.raises(ValueError, match=r"an array of shape \(.*\) is empty"):
         make(name)(np.zeros(shape, "float32"), stream())
 
 
@@ -756,14 +756,30 @@ def test_fixed_point_is_exact_in_float32_and_clipped_at_the_top():
     beyond = 0
     for bits in BITS:
         bins = 2**bits - 1
-        low = -rng.lognormal(0, 2, (20000, 1)).astype("float32")
-        high = rng.lognormal(0, 2, (20000, 1)).astype("float32")
+        x = rng.lognormal(0, 2, (20000, 2)).astype("float32") * np.array([[-1, 1]], "float32")
+        low, high = x[:, :1], x[:, 1:]
         _, inv = reference.grid(low, high, bins)
         fixed = reference.fixed_point(high, low, inv)     # of the maximum
         assert fixed.max() <= 65536 * bins + 1 < 2**24
         beyond += (fixed > 65536 * bins).sum()
         assert (reference.round_codes(fixed, np.uint16(65535), bins) == bins).all()
+        h = np.full(x.shape, 65535, "uint16")
+        assert (rounding.affine_codes(x, low, inv, h, bins) == [[0, bins]]).all()
+        assert (make("psq", bits)(x, Given(65535)).codes == [[0, bins]]).all()
     assert beyond > 0                                     # rint's + 1 does occur
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_ends_of_ptqz_keep_their_codes_for_any_noise(sign):
+    rng, q, beyond = np.random.default_rng(0), make("ptqz", 8), 0
+    for _ in range(200):
+        x = np.array([[0, sign * rng.lognormal(0, 2)]], "float32")
+        expected = [[0, 255]] if sign > 0 else [[255, 0]]
+        for h in (65535 if sign > 0 else 0, 32768):       # the noise that pushes outwards, and none
+            t = q(x, Given(h))
+            assert np.array_equal(t.codes, expected)
+        beyond += np.rint(abs(x[0, 1]) * (np.float32(65536) / t.scale[0, 0])) > 65536 * 255
+    assert beyond > 0                                     # without the limit these would wrap
 
 
 def test_only_rows_of_extreme_range_are_rescaled():

@@ -263,9 +263,10 @@ class DeviceFlag:
 @pytest.fixture
 def device_flags(monkeypatch):
     """Let the rng take DeviceFlag for an array of another module."""
-    real = rng.array_module
-    monkeypatch.setattr(
-        rng, "array_module", lambda x: None if isinstance(x, DeviceFlag) else real(x))
+    real = backend.array_module
+    for module in (rng, backend):
+        monkeypatch.setattr(
+            module, "array_module", lambda x: None if isinstance(x, DeviceFlag) else real(x))
 
 
 def test_on_the_cpu_what_is_not_finite_raises_at_once():

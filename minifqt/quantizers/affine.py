@@ -37,7 +37,7 @@ def rescaled(x: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Ar
     largest = xp.maximum(-low, high)
     with np.errstate(over="ignore"):
         width = high - low
-    odd = ((width > 0) & (width < 2.0**-100)) | (largest > 2.0**119)
+    odd = ((largest > 0) & (width < 2.0**-100)) | (largest > 2.0**119)
     if xp is np and not odd.any():                        # elsewhere asking would cost a sync
         return x, low, high, 0
     e = xp.where(odd, xp.frexp(largest)[1], 0)
@@ -64,6 +64,11 @@ class Grid:
         fixed = reference.fixed_point(self.rows, self.low, self.inv)
         p = (array_module(fixed).minimum(fixed, UNIT * bins) & (UNIT - 1)) / UNIT   # (N, D)
         return self.scale.astype("float64") ** 2 * p * (1 - p)
+
+    def bound(self) -> Array:
+        """The largest variance of rows with these ranges: scale² / 4, 0 in constant rows."""
+        largest = self.scale.astype("float64") ** 2 / 4 * (self.inv > 0)
+        return array_module(largest).broadcast_to(largest, self.rows.shape)
 
 
 def grid(x: Array, low: Array, high: Array, bins: int, exponent: Array | int = 0) -> Grid:

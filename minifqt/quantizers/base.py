@@ -105,8 +105,7 @@ class Quantizer:
     def bound(self, x: Array) -> float:
         """Largest total variance a tensor of these scales can have: Σ (T⁻¹)² · scale² / 4.  # sync
 
-        N·D·R²/4B² for PTQ, D/4B² · Σ R_i² for PSQ, D/4 · Σ scale_r² ‖T⁻¹e_r‖² for mixed rows:
-        arXiv 2010.14298, the theorems.
+        arXiv 2010.14298, the theorems; a family states its own form.
         """
         xp = array_module(x)
         t = self(x, _Given(xp.zeros(x.shape, "uint16")))
@@ -138,7 +137,11 @@ class Identity(Quantizer):
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         xp = array_module(x)
-        finite = xp.isfinite(x.sum())                     # one pass; a sum may overflow: look again
+        if x.size == 0:
+            raise ValueError(f"an array of shape {x.shape} is empty: a quantizer needs at least "
+                             "one number.")
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = xp.isfinite(x.sum())                 # one pass; a sum may overflow: look again
         if xp is np and not finite:
             finite = xp.isfinite(x).all()
         stream.require_finite(finite)

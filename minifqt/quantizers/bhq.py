@@ -40,6 +40,11 @@ class BHQ(Quantizer):
         mix, g = self._mixed(x)
         return mix.undo_squared(g.variance(self.bins)).reshape(x.shape)
 
+    def bound(self, x: Array) -> float:
+        """D/4 · Σ_r scale_r² ‖T⁻¹e_r‖².  # sync"""
+        mix, g = self._mixed(x)
+        return float(mix.undo_squared(g.bound()).sum())
+
     def _mixed(self, x, stream=None):
         rows = as_rows(x, len(x))
         low, high = finite_ranges(rows, stream)
@@ -55,14 +60,14 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
     each; the k = M − G others are dealt out in proportion to their leaders' ranges, k ≥ 1 the
     smallest with k · v[M − k − 1] > Σ v[:M − k] (v sorted, descending). No k: every row is a group
     of its own.
-    ranges  (N,) float64; compared as integers, so that no sum depends on rounding
+    ranges  (N,) float64; summed as integers, so that nothing depends on the order of a sum
     alone   (N,) bool, the rows to be left out; M is the number of others
     Source: the authors' code; here array operations of fixed shape, nothing copied to the host.
     """
     xp, N = array_module(ranges), len(ranges)
     largest = ranges.max()
     v = xp.rint(ranges / xp.where(largest > 0, largest, 1) * 2**23).astype("int64")
-    order = xp.argsort(xp.where(alone, 1, -v), kind="stable")  # large first, those left out last
+    order = xp.argsort(xp.where(alone, 1, -ranges), kind="stable")   # large first, alone last
     v, M = v[order], N - alone.sum(keepdims=True)              # (1,), and so k and G
     sums, k = xp.cumsum(v), xp.arange(1, N + 1)
     last = M - k - 1                                      # the last leader, were there k small rows
@@ -108,6 +113,8 @@ class Householder:
                            xp.maximum(xp.maximum(outside, abs(1 - outside)), 1 / xp.sqrt(n)))
         cube = xp.where(self.leads, large / xp.sqrt(n), small * highest / xp.maximum(n - 1, 1))
         self.scales = xp.where(n > 1, 1 / xp.cbrt(xp.where(cube > 0, cube, 1)), 1.0)
+        room = xp.where(self.exponent > 125, 32, 0)       # or a scale near 2¹²⁸ would overflow
+        self.scales, self.exponent = xp.ldexp(self.scales, -room), self.exponent - room
         zero_rows = ((low == 0) & (high == 0))[self.order]
         self.undo_scales = xp.where(zero_rows, 0.0, 1 / self.scales)  # what is 0 stays 0
         self._outside = outside
@@ -119,8 +126,7 @@ class Householder:
 
     def apply_rescaled(self, x: Array) -> tuple[Array, Array]:
         """T·x / 2^exponent and the exponent (N, 1): near 1 whatever the size of x."""
-        xp, down = array_module(x), -self.exponent[:, None]
-        scales = xp.ldexp(self.scales[:, None], down)
+        scales = array_module(x).ldexp(self.scales, -self.exponent)[:, None]
         return (self._by_columns(x, lambda part: self._reflect(part[self.order] * scales)),
                 self.exponent[:, None])
 

@@ -26,6 +26,10 @@ class PSQ(Quantizer):
         """scale_i² · p(1 − p).  float64, shape of x."""
         return self._grid(x).variance(self.bins).reshape(x.shape)
 
+    def bound(self, x: Array) -> float:
+        """D/4B² · Σ R_i².  # sync"""
+        return float(self._grid(x).bound().sum())
+
     def _grid(self, x, stream=None):
         rows = as_rows(x, len(x))
         return grid(rows, *finite_ranges(rows, stream), self.bins)

@@ -48,8 +48,15 @@ class PTQ(PerTensor):
 
     def variance(self, x: Array) -> Array:
         """scale² · p(1 − p).  float64, shape of x."""
+        return self._grid(x).variance(self.bins).reshape(x.shape)
+
+    def bound(self, x: Array) -> float:
+        """N·D·R²/4B².  # sync"""
+        return float(self._grid(x).bound().sum())
+
+    def _grid(self, x):
         row = as_rows(x, 1)
-        return grid(row, *finite_ranges(row), self.bins).variance(self.bins).reshape(x.shape)
+        return grid(row, *finite_ranges(row), self.bins)
 
 
 class Anchored(PerTensor):
@@ -73,6 +80,10 @@ class Anchored(PerTensor):
         row, shift, inv, code, scale, _ = self._prepared(row, *finite_ranges(row))
         p = (reference.anchored_fixed(row, shift, inv, code, *self._limits()) & (UNIT - 1)) / UNIT
         return (scale.astype("float64") ** 2 * p * (1 - p)).reshape(x.shape)
+
+    def bound(self, x: Array) -> float:
+        """N·D·scale²/4, 0 for zeros: scale exceeds R/B where both signs occur.  # sync"""
+        return float(x.any()) * super().bound(x)
 
     def _prepared(self, row, low, high):
         xp = array_module(row)
