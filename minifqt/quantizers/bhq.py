@@ -113,7 +113,7 @@ class Householder:
                            xp.maximum(xp.maximum(outside, abs(1 - outside)), 1 / xp.sqrt(n)))
         cube = xp.where(self.leads, large / xp.sqrt(n), small * highest / xp.maximum(n - 1, 1))
         self.scales = xp.where(n > 1, 1 / xp.cbrt(xp.where(cube > 0, cube, 1)), 1.0)
-        room = xp.where(self.exponent > 125, 32, 0)       # or a scale near 2¹²⁸ would overflow
+        room = xp.where(self.exponent > 118, 32, 0)       # or a scale near 2¹²⁸ would overflow
         self.scales, self.exponent = xp.ldexp(self.scales, -room), self.exponent - room
         zero_rows = ((low == 0) & (high == 0))[self.order]
         self.undo_scales = xp.where(zero_rows, 0.0, 1 / self.scales)  # what is 0 stays 0
