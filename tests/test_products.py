@@ -73,16 +73,25 @@ def test_products_equal_the_reference_whichever_zeros_let_a_term_be_left_out(zer
                       reference.conv_wgrad(g, v, (3, 3), 2, 1)])
 
 
-def test_products_equal_the_reference_where_the_work_is_cut_into_blocks_bands_and_slabs():
+@pytest.mark.parametrize("columns", [100, 1000, 4000])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_products_equal_the_reference_wherever_the_work_is_cut(stride, columns, monkeypatch):
+    """Blocks of images, bands of rows of an image, slabs of a contraction: all of them small."""
+    monkeypatch.setattr(blas.Sgemm, "columns", columns)
+    monkeypatch.setattr(blas.Sgemm, "slab", 50)
+    monkeypatch.setattr(blas, "LEAST", columns)
     rng = np.random.default_rng(0)
-    a, b = codes(rng, (1100, 2100), 0, varies=True), codes(rng, (3, 2100), 0)    # 3 of each
-    x = codes(rng, (3, 80, 80, 64), 0, varies=True)                           # one block an image,
-    w = codes(rng, (2, 3, 3, 64), 0, varies=True)                             # 4 bands of rows
-    g, v = codes(rng, (3, 40, 40, 2), 3), codes(rng, (3, 80, 80, 64), 3)
-    assert_same_bits([blas.matmul(a, b), blas.conv_fprop(x, w, 2, 1),
-                      blas.conv_wgrad(g, v, (3, 3), 2, 1)],
-                     [reference.matmul(a, b), reference.conv_fprop(x, w, 2, 1),
-                      reference.conv_wgrad(g, v, (3, 3), 2, 1)])
+    a, b = codes(rng, (200, 120), 0, varies=True), codes(rng, (3, 120), 0)
+    x, w = (codes(rng, shape, 0, varies=True) for shape in ((9, 10, 11, 4), (2, 3, 3, 4)))
+    P, Q = reference.output_size((10, 11), (3, 3), stride, 1)
+    g, y = (codes(rng, (9, P, Q, 2), free, varies=True) for free in (3, 0))
+    v, u = codes(rng, (9, 10, 11, 4), 3), codes(rng, (2, 3, 3, 4), 3)
+    assert_same_bits([blas.matmul(a, b), blas.conv_fprop(x, w, stride, 1),
+                      blas.conv_wgrad(g, v, (3, 3), stride, 1),
+                      blas.conv_dgrad(y, u, (10, 11), stride, 1)],
+                     [reference.matmul(a, b), reference.conv_fprop(x, w, stride, 1),
+                      reference.conv_wgrad(g, v, (3, 3), stride, 1),
+                      reference.conv_dgrad(y, u, (10, 11), stride, 1)])
 
 
 def test_codes_need_not_be_contiguous():

@@ -16,7 +16,8 @@ def as_rows(x: Array, rows: int) -> Array:
     if x.size == 0:
         raise ValueError(
             f"an array of shape {x.shape} is empty: a quantizer needs at least one number.")
-    return x.reshape(rows, -1).astype("float32", copy=False)
+    with np.errstate(over="ignore"):                      # float64 beyond float32: not finite
+        return x.reshape(rows, -1).astype("float32", copy=False)
 
 
 def finite_ranges(x: Array, stream: Stream | None = None) -> tuple[Array, Array]:
@@ -37,7 +38,8 @@ def rescaled(x: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Ar
     largest = xp.maximum(-low, high)
     with np.errstate(over="ignore"):
         width = high - low
-    odd = ((largest > 0) & (width < 2.0**-100)) | (largest > 2.0**119)
+    tiny = (width < 2.0**-100) & (0 < largest) & (largest < 2.0**-76)     # 24 bits are all it has
+    odd = tiny | (largest > 2.0**119)
     if xp is np and not odd.any():                        # elsewhere asking would cost a sync
         return x, low, high, 0
     e = xp.where(odd, xp.frexp(largest)[1], 0)
