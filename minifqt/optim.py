@@ -22,9 +22,10 @@ class SGD:
 
     def step(self, params: dict[str, Param], lr: float) -> None:
         """One update of all parameters.  RuntimeError where backward assigned no gradient."""
+        without = [name for name, p in params.items() if p.grad is None]
+        if without:                                       # before anything is updated
+            raise RuntimeError(f"{without[0]} has no gradient: call backward() before step().")
         for name, p in params.items():
-            if p.grad is None:
-                raise RuntimeError(f"{name} has no gradient: call backward() before step().")
             zero = array_module(p.data).zeros_like
             v = self.velocity[name] if name in self.velocity else zero(p.data)
             decay = self.weight_decay if p.decay else 0.0
@@ -33,7 +34,8 @@ class SGD:
 
 
 def cosine(lr: float, epochs: int, warmup: int = 0) -> Callable[[int], float]:
-    """epoch → lr/2 · (1 + cos(π · epoch / epochs)), after `warmup` epochs of a linear rise."""
+    """epoch → lr/2 · (1 + cos(π · epoch / epochs)); the first `warmup` epochs rise linearly."""
+    _require_epochs(epochs)
     return lambda e: _ramp(e, warmup) * lr / 2 * (1 + math.cos(math.pi * e / epochs))
 
 
@@ -42,10 +44,16 @@ def steps(lr: float, epochs: int, warmup: int = 0) -> Callable[[int], float]:
 
     Source: arXiv 1512.03385, section 4.2. The first `warmup` epochs rise linearly.
     """
+    _require_epochs(epochs)
     return lambda e: _ramp(e, warmup) * lr * 0.1 ** ((2 * e >= epochs) + (4 * e >= 3 * epochs))
 
 
 SCHEDULES = {"cosine": cosine, "steps": steps}
+
+
+def _require_epochs(epochs):
+    if epochs < 1:
+        raise ValueError(f"{epochs} epochs: a schedule needs at least 1.")
 
 
 def _ramp(epoch, warmup):

@@ -548,3 +548,8 @@ def test_the_loss_of_huge_logits_is_finite():
 def test_labels_or_a_smoothing_that_do_not_fit_raise(labels, smoothing, message):
     with pytest.raises(ValueError, match=message):
         cross_entropy(np.zeros((2, 3)), labels, smoothing)
+
+
+def test_a_pooling_stride_of_zero_raises():
+    with pytest.raises(ValueError, match="stride 0"):
+        MaxPool2d(2, stride=0).forward(np.zeros((1, 4, 4, 1), "float32"))

@@ -94,3 +94,16 @@ def test_warm_up_rises_linearly_to_the_schedule(name):
     plain, warm = (optim.SCHEDULES[name](0.1, 200, warmup) for warmup in (0, 4))
     shares = [warm(epoch) / plain(epoch) for epoch in range(7)]
     assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1], rel=1e-15)
+
+
+@pytest.mark.parametrize("schedule", sorted(optim.SCHEDULES))
+def test_a_schedule_of_no_epochs_raises(schedule):
+    with pytest.raises(ValueError, match="0 epochs: a schedule needs at least 1"):
+        optim.SCHEDULES[schedule](0.1, 0)
+
+
+def test_a_missing_gradient_updates_nothing():
+    params = {"a": Param(np.ones(2), np.ones(2)), "b": Param(np.ones(2))}
+    with pytest.raises(RuntimeError, match="b has no gradient"):
+        optim.SGD().step(params, 0.1)
+    np.testing.assert_array_equal(params["a"].data, 1)

@@ -78,7 +78,8 @@ class MaxPool2d(Layer):
     """
 
     def __init__(self, kernel_size: int, stride: int | None = None, padding: int = 0):
-        self.kernel_size, self.stride, self.padding = kernel_size, stride or kernel_size, padding
+        self.kernel_size, self.padding = kernel_size, padding
+        self.stride = kernel_size if stride is None else stride
         if 2 * padding > kernel_size:
             raise ValueError(f"padding {padding} is more than half of kernel_size {kernel_size}: "
                              "a window would hold no pixel.")
