@@ -75,7 +75,7 @@ def map_blocks(function: Callable, count: int, size: int) -> list:
     """
     global _pool
     blocks = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
-    with _blas.limit(limits=1, user_api="blas"):
+    with one_blas_thread():
         if _threads == 1 or len(blocks) == 1:
             return [function(block) for block in blocks]
         if _pool is None:
@@ -83,6 +83,11 @@ def map_blocks(function: Callable, count: int, size: int) -> list:
         contexts = [copy_context() for _ in blocks]       # np.errstate of the caller
         return list(_pool.map(lambda block, context: context.run(function, block), blocks,
                               contexts))
+
+
+def one_blas_thread():
+    """Context in which BLAS runs on the calling thread: its own spin after work and eat a core."""
+    return _blas.limit(limits=1, user_api="blas")
 
 
 def segment_sum(x: Array, starts: Array) -> Array:

@@ -7,7 +7,7 @@ What leaves is bit for bit what reference.py gives for integers.
 """
 import numpy as np
 
-from minifqt.backend import array_module, map_blocks
+from minifqt.backend import array_module, map_blocks, one_blas_thread
 from minifqt.kernels.reference import epilogue, first_to_last, output_size
 from minifqt.qtensor import QTensor
 
@@ -189,7 +189,8 @@ def correlate(a, b, canvas, offset, spread, out, stride):
         ones = xp.ones((1, *a.shape[1:3], C), "int8")     # one image's work: where taps are present
         present = windows(place(ones, engine, canvas, offset, spread), (R, S), (P, Q), stride)
         n = present.sum(axis=1, dtype="float64").reshape(1, P, Q, 1)
-        b1 = engine.dot(present, weights).reshape(1, P, Q, K)
+        with one_blas_thread():
+            b1 = engine.dot(present, weights).reshape(1, P, Q, K)
     # Rows of output whose columns fit the cache.
     band = max(1, min(P, engine.columns // max(1, Q * R * S * C)))
 
