@@ -8,12 +8,12 @@ import types
 import numpy as np
 
 
-class Sync(AssertionError):
+class SyncError(AssertionError):
     """The host read an array of the device without `.get()`."""
 
 
 def refuse(self, *ignored):
-    raise Sync("a device array was read by the host")
+    raise SyncError("a device array was read by the host")
 
 
 class DeviceArray(np.ndarray):

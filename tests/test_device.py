@@ -1,7 +1,7 @@
-"""The road for a GPU, on a stand-in for CuPy: the same numbers as on the CPU, and no hidden sync."""
+"""The road for a GPU, on a stand-in for CuPy: the numbers of the CPU, and no hidden sync."""
 import numpy as np
 import pytest
-from device import Device, DeviceArray, Sync, gemm
+from device import Device, DeviceArray, SyncError, gemm
 
 import minifqt
 import models
@@ -26,7 +26,7 @@ def test_the_stand_in_finds_a_sync(device):
     x = device.zeros(3)
     assert type(x + 1) is type(x.sum()) is type(device.where(x > 0, x, 1)) is DeviceArray
     for read in (bool, int, float):
-        with pytest.raises(Sync, match="read by the host"):
+        with pytest.raises(SyncError, match="read by the host"):
             read(x.sum())
 
 
