@@ -1,5 +1,6 @@
 """Train a network with every GEMM on integers: `python train.py`. Flags → recipe, model, data."""
 import argparse
+import math
 import platform
 import sys
 from dataclasses import asdict
@@ -125,7 +126,7 @@ def settings(arguments: list[str] | None) -> argparse.Namespace:
         if not getattr(flags, key) >= least:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(flags, key)}: expected at least "
                              f"{least}.")
-    if not flags.lr > 0 or not 0 <= flags.label_smoothing < 1:
+    if not 0 < flags.lr < math.inf or not 0 <= flags.label_smoothing < 1:
         raise ValueError(f"--lr {flags.lr}, --label-smoothing {flags.label_smoothing}: expected a "
                          "rate above 0 and a smoothing in [0, 1).")
     if flags.out is None:
@@ -140,7 +141,9 @@ def resumed(flags, arguments):
     unset = argparse.Namespace(**dict.fromkeys(vars(flags)))
     given = vars(parser().parse_args(arguments, unset))   # None where the flag was not written
     for key, value in given.items():
-        if key not in ANYTIME and value is not None and value != config[key]:
+        if key in ANYTIME or value is None or value == config[key]:
+            continue
+        if key != "out" or Path(value) != Path(flags.resume):
             raise ValueError(f"--{key.replace('_', '-')} {value}: the run in {flags.resume} has "
                              f"{config[key]}, and a resumed run keeps its settings. Leave the "
                              "flag out, or start a new run.")

@@ -13,11 +13,14 @@ def cross_entropy(logits: Array, labels: Array,
     Returns the loss, a float64 scalar, and dlogits (N, K) in logits' dtype.
     Raises ValueError where shapes, labels or ε do not fit.
     """
+    if logits.ndim != 2:
+        raise ValueError(f"logits of shape {logits.shape}: expected (N, classes).")
     xp, (N, K) = array_module(logits), logits.shape
-    if labels.shape != (N,) or N == 0 or not 0 <= label_smoothing < 1:
+    labels = labels if hasattr(labels, "dtype") else xp.asarray(labels)
+    if labels.shape != (N,) or N == 0 or not 0 <= label_smoothing <= 1:
         raise ValueError(f"logits {logits.shape}, labels {labels.shape}, label_smoothing "
                          f"{label_smoothing}: expected one label a row, at least one row, and a "
-                         "smoothing in [0, 1).")
+                         "smoothing in [0, 1].")
     if array_module(labels) is not xp or labels.dtype.kind not in "iu":
         raise ValueError(f"labels are {type(labels).__name__} {labels.dtype}: expected integers "
                          "beside the logits, on the same device.")

@@ -29,8 +29,8 @@ class SGD:
             zero = array_module(p.data).zeros_like
             v = self.velocity[name] if name in self.velocity else zero(p.data)
             decay = self.weight_decay if p.decay else 0.0
-            self.velocity[name] = v = self.momentum * v + p.grad + decay * p.data
-            p.data = p.data - float(lr) * v
+            v = (self.momentum * v + p.grad + decay * p.data).astype(p.data.dtype, copy=False)
+            self.velocity[name], p.data = v, p.data - float(lr) * v
 
 
 def cosine(lr: float, epochs: int, warmup: int = 0) -> Callable[[int], float]:

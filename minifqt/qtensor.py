@@ -5,6 +5,8 @@ It has no arithmetic of its own beyond turning codes back into numbers. Next: ke
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from minifqt.backend import Array, array_module
 
 
@@ -110,8 +112,8 @@ def require_unmixed(product: str, t: QTensor) -> None:
 
 def common_dtype(a: QTensor, b: QTensor) -> str:
     """float32 for two integer tensors; else the widest float among the Identity operands."""
-    floats = [t.codes.dtype.name for t in (a, b) if not t.is_integer]
-    return max(floats, default="float32")                 # "float64" > "float32"
+    floats = [t.codes.dtype for t in (a, b) if not t.is_integer]
+    return np.result_type(*floats).name if floats else "float32"
 
 
 def as_floats(t: QTensor, dtype: str) -> QTensor:

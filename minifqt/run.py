@@ -8,7 +8,8 @@ from pathlib import Path
 
 from minifqt import checkpoint
 from minifqt.backend import to_cpu
-from minifqt.training import Progress, evaluate, train_epoch
+from minifqt.rng import NonFiniteError
+from minifqt.training import DivergedError, Progress, evaluate, train_epoch
 
 
 class Run:
@@ -46,8 +47,7 @@ class Run:
                                    for name, v in _part(arrays, "velocity/").items()}
         self.progress = Progress(**meta["progress"])
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        kept = [line for line in lines
-                if line.endswith("\n") and json.loads(line)["epoch"] <= self.progress.epoch]
+        kept = [line for line in lines if 0 < _epoch_of(line) <= self.progress.epoch]
         checkpoint.write_atomically(self.metrics, "".join(kept).encode())
 
     def save(self, name: str = "last") -> None:
@@ -69,7 +69,11 @@ class Run:
                 if asked() and self.progress.epoch < epochs:
                     self.save()
                     return None
-        return json.loads(self.metrics.read_text().splitlines()[-1])
+        lines = self.metrics.read_text().splitlines()
+        if not lines:
+            raise ValueError(f"{self.metrics} holds no result, though {self.last} has finished its "
+                             f"{epochs} epochs: nothing is left to train.")
+        return json.loads(lines[-1])
 
     def _epoch(self, loader, schedule, label_smoothing, asked):
         start, before = time.perf_counter(), self.progress.seconds
@@ -88,7 +92,10 @@ class Run:
 
     def _end_of_epoch(self, test_loader, schedule, label_smoothing, epochs):
         p, before = self.progress, time.perf_counter()
-        test_loss, test_acc = evaluate(self.net, test_loader, label_smoothing)
+        try:
+            test_loss, test_acc = evaluate(self.net, test_loader, label_smoothing)
+        except NonFiniteError as error:
+            raise DivergedError(f"evaluation after epoch {p.epoch + 1}: {error}") from None
         metrics = {"epoch": p.epoch + 1, "step": p.step, "train_loss": p.loss_sum / p.images,
                    "train_acc": p.correct / p.images, "test_loss": test_loss,
                    "test_acc": test_acc, "lr": schedule(p.epoch), "seconds": round(p.seconds, 3),
@@ -103,6 +110,14 @@ class Run:
         self.save()
         return (f"epoch {p.epoch + 1:3d}/{epochs}  loss {metrics['train_loss']:.4f}  train "
                 f"{metrics['train_acc']:.2%}  test {test_acc:.2%}  {p.seconds:.1f} s")
+
+
+def _epoch_of(line):
+    """The epoch of a line of metrics; 0 where a killed run left half a line."""
+    try:
+        return json.loads(line)["epoch"] if line.endswith("\n") else 0
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return 0
 
 
 def _part(arrays, prefix):

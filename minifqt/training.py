@@ -85,6 +85,7 @@ def checked_step(net, optimizer, x, labels, lr, progress, label_smoothing):
                         f"finite: {first_nonfinite(net, x)}.")
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")   # a quantizer raises it
 def evaluate(net, loader, label_smoothing=0.0):
     """Mean loss and accuracy per image over a loader's batches, in evaluation mode."""
     device, total, correct, images = net.streams.device, 0.0, 0, 0
@@ -97,6 +98,7 @@ def evaluate(net, loader, label_smoothing=0.0):
             total += float(to_cpu(loss)) * len(x)
             correct += int((logits.argmax(axis=1) == labels).sum())
             images += len(x)
+        net.streams.raise_pending()
     finally:
         net.train()
     return total / images, correct / images

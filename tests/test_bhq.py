@@ -486,3 +486,24 @@ def test_building_the_transform_asks_for_no_number(N):
     for field in ("order", "group", "starts", "n", "leads", "scales", "undo_scales", "exponent"):
         assert isinstance(getattr(mix, field), NoSync), field
         assert np.array_equal(bare(getattr(mix, field)), getattr(expected, field)), field
+
+
+def test_the_sums_that_group_rows_are_finer_than_2_to_the_minus_20():
+    """Three small rows need 2 v₁ > v₀, here by 2⁻²⁰ of it."""
+    above = np.array([1, 0.5 * (1 + 2.0**-20), 1e-6, 1e-6, 1e-6])
+    assert leaders_of(above) == 2
+    assert leaders_of(above * [1, 1 - 2.0**-19, 1, 1, 1]) == 1
+
+
+def leaders_of(ranges):
+    _, group = groups(ranges, np.zeros(len(ranges), bool))
+    return group.max() + 1
+
+
+def test_the_scales_are_the_released_ones_down_to_the_floor():
+    for small in (0.3, 1e-25, 1e-35):
+        mix = Householder(np.zeros(4), np.array([1, small, small, small]))
+        unit = 2.0**mix.exponent                          # scales are in units of 2^exponent
+        expected = np.array([1 / 2, *[max(small, 1e-30) * 0.5 / 3] * 3])  # √n = 2, max|Q| = ½
+        np.testing.assert_allclose(mix.scales, (expected / unit) ** (-1 / 3),
+                                   rtol=1e-12)            # a few float64 roundings

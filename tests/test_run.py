@@ -5,41 +5,20 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data
 import minifqt
 import models
 import train
 from data.loader import Loader
 from minifqt import backend, checkpoint, optim, training
-from minifqt.run import Run, interruptible
+from minifqt.run import interruptible
+from runs import digits, job, train_all
 
 ROOT = Path(__file__).parents[1]
-LOAD = data.load
-
-
-def digits(count=96):
-    """The first `count` digits to train on and 40 to test with."""
-    cut = [replace(part, images=part.images[:n], labels=part.labels[:n])
-           for part, n in zip(LOAD("digits"), (count, 40), strict=True)]
-    return tuple(cut)
-
-
-def job(folder, recipe="bhq5", batch_size=32, save_minutes=10.0):
-    train_set, test_set = digits()
-    net = models.build("resnet8", 10, recipe, seed=3, channels=1)
-    loaders = (Loader(train_set, batch_size, net.streams, train=True, padding=1),
-               Loader(test_set, 16, net.streams, train=False))
-    return Run(folder, net, minifqt.SGD(), {"recipe": recipe}, save_minutes), loaders
-
-
-def train_all(run, loaders, epochs=3, say=lambda line: None):
-    return run.train(*loaders, optim.cosine(0.1, 3), epochs, say=say)
 
 
 def hashes(arrays):
@@ -359,6 +338,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(capsys):
     (["--batch-size", "4000"], "batch_size 4000 is more than the 128 images"),
     (["--lr", "-1"], "--lr -1.0"),
     (["--lr", "nan"], "--lr nan"),
+    (["--lr", "inf"], "--lr inf"),
     (["--momentum", "1"], "momentum 1.0"),
     (["--label-smoothing", "1"], "smoothing in"),
     (["--threads", "0"], "--threads 0: expected at least 1"),
@@ -387,6 +367,34 @@ def test_the_paper_setting_is_the_preset_of_cifar():
     epochs = np.arange(200)
     np.testing.assert_allclose([schedule(e) for e in epochs],
                                0.05 * (1 + np.cos(np.pi * epochs / 200)), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("name", "padding", "flip"), [("digits", 1, False), ("cifar10", 4, True),
+                                                       ("cifar100", 4, True)])
+def test_the_presets_augmentation_reaches_the_training_loader_alone(monkeypatch, name, padding,
+                                                                    flip):
+    made, original = [], train.Loader
+    monkeypatch.setattr(train, "Loader", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
+    assert train.main(["--dataset", name, "--model", "resnet8", "--epochs", "1"]) == 0
+    assert [(m.train, m.padding, m.flip) for m in made] == [
+        (True, padding, flip), (False, 0, False)]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_batch_of_one_is_refused_on_the_command_line(capsys):
+    assert train.main(["--batch-size", "1"]) == 1
+    assert "--batch-size 1: expected at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small")
+def test_resume_refuses_every_other_setting(capsys):
+    assert train.main(["--epochs", "1", "--out", "a"]) == 0
+    for flag, value in {"lr": "0.05", "epochs": "3", "batch-size": "32", "seed": "1",
+                        "momentum": "0.5", "out": "b"}.items():
+        assert train.main(["--resume", "a", f"--{flag}", value]) == 1
+        assert f"--{flag} {value}: the run in a has" in capsys.readouterr().err
+    assert train.main(["--resume", "a", "--out", "a/"]) == 0
 
 
 @pytest.mark.slow

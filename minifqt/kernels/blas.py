@@ -191,6 +191,7 @@ def correlate(a, b, canvas, offset, spread, out, stride):
         n = present.sum(axis=1, dtype="float64").reshape(1, P, Q, 1)
         with one_blas_thread():
             b1 = engine.dot(present, weights).reshape(1, P, Q, K)
+    needs_a1 = engine.exact and (terms.centre_b or terms.a1_matters)
     # Rows of output whose columns fit the cache.
     band = max(1, min(P, engine.columns // max(1, Q * R * S * C)))
 
@@ -206,7 +207,6 @@ def correlate(a, b, canvas, offset, spread, out, stride):
                 sums = terms.finish(sums, b1[:, part], a1, n[:, part], rows)
             y[rows, top:top + p] = sums
 
-    needs_a1 = engine.exact and (terms.centre_b or terms.a1_matters)
     fit = engine.columns // max(1, P * Q * R * S * C)     # images whose columns fit the cache
     run(engine, block, N, max(1, min(fit, piece(N, P * Q * R * S * C))))
     return y

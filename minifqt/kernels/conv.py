@@ -4,7 +4,8 @@ Weights do not vary along their taps, images not along their pixels: a patch gat
 every axis but the one that survives in the result is contracted.
 """
 from minifqt.kernels import blas
-from minifqt.kernels.gemm import alike
+from minifqt.kernels.gemm import alike, require_shape
+from minifqt.kernels.reference import output_size
 from minifqt.qtensor import QTensor, require_factorable, require_unmixed
 
 
@@ -14,6 +15,8 @@ def fprop(x: QTensor, w: QTensor, stride: int, padding: int):
     require_unmixed("fprop", w)
     require_factorable("fprop", x, (1, 2, 3))
     require_factorable("fprop", w, (1, 2, 3))
+    require_shape("fprop", w, w.shape[:3] + x.shape[3:])
+    output_size(x.shape[1:3], w.shape[1:3], stride, padding, x.name)
     return blas.conv_fprop(*alike(x, w), stride, padding)
 
 
@@ -23,6 +26,8 @@ def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int):
     require_unmixed("wgrad", x)
     require_factorable("wgrad", g, (0, 1, 2))
     require_factorable("wgrad", x, (0, 1, 2))
+    out = output_size(x.shape[1:3], kernel, stride, padding, x.name)
+    require_shape("wgrad", g, (x.shape[0], *out, g.shape[3]))
     return blas.conv_wgrad(*alike(g, x), kernel, stride, padding)
 
 
@@ -31,6 +36,8 @@ def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int):
     require_unmixed("dgrad", w)
     require_factorable("dgrad", g, (1, 2, 3))
     require_factorable("dgrad", w, (0, 1, 2))
+    out = output_size(size, w.shape[1:3], stride, padding, g.name)
+    require_shape("dgrad", g, (g.shape[0], *out, w.shape[0]))
     g, w = alike(g, w)
     dx = blas.conv_dgrad(g, w, size, stride, padding)
     return dx if g.mix is None else g.mix.undo(dx)

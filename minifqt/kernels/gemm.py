@@ -9,6 +9,7 @@ def fprop(x: QTensor, w: QTensor):
     require_unmixed("fprop", w)
     require_factorable("fprop", x, (1,))
     require_factorable("fprop", w, (1,))
+    require_shape("fprop", w, (w.shape[0], x.shape[1]))
     return blas.matmul(*alike(x, w))
 
 
@@ -18,6 +19,7 @@ def wgrad(g: QTensor, x: QTensor):
     require_unmixed("wgrad", x)
     require_factorable("wgrad", g, (0,))
     require_factorable("wgrad", x, (0,))
+    require_shape("wgrad", g, (x.shape[0], g.shape[1]))
     g, x = alike(g, x)
     return blas.matmul(g.transposed(), x.transposed())
 
@@ -27,9 +29,17 @@ def dgrad(g: QTensor, w: QTensor):
     require_unmixed("dgrad", w)
     require_factorable("dgrad", g, (1,))
     require_factorable("dgrad", w, (0,))
+    require_shape("dgrad", g, (g.shape[0], w.shape[0]))
     g, w = alike(g, w)
     dx = blas.matmul(g, w.transposed())
     return dx if g.mix is None else g.mix.undo(dx)
+
+
+def require_shape(product: str, t: QTensor, expected: tuple) -> None:
+    """ValueError unless t has the shape that the other operand asks for."""
+    if t.shape != expected:
+        raise ValueError(f"{product}: {t.name} has shape {t.shape}; expected {expected}. "
+                         "A gradient has the shape of its layer's last output.")
 
 
 def alike(a: QTensor, b: QTensor):

@@ -14,7 +14,7 @@ def max_forward(x: Array, kernel: int, stride: int, padding: int) -> tuple[Array
     P, Q = output_size(x.shape[1:3], (kernel, kernel), stride, padding)
     padded = xp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)),
                     constant_values=-np.inf)
-    best, winner = taps(padded, 0, 0, P, Q, stride).copy(), None
+    best = taps(padded, 0, 0, P, Q, stride).copy()
     winner = xp.zeros(best.shape, "int16")
     for tap, (r, s) in enumerate(np.ndindex(kernel, kernel)):
         candidate = taps(padded, r, s, P, Q, stride)

@@ -109,16 +109,16 @@ def taps(x, r, s, P, Q, stride):
     return x[:, r:r + stride * (P - 1) + 1:stride, s:s + stride * (Q - 1) + 1:stride]
 
 
-def output_size(size, kernel, stride, padding):
+def output_size(size, kernel, stride, padding, name="image"):
     """(P, Q) of a convolution; ValueError where the kernel does not fit into the padded image."""
     if stride < 1 or padding < 0:
-        raise ValueError(
-            f"stride {stride}, padding {padding}: expected stride ≥ 1 and padding ≥ 0.")
-    if any(length + 2 * padding < taps for length, taps in zip(size, kernel, strict=True)):
-        raise ValueError(f"a kernel of {tuple(kernel)} does not fit into an image of {tuple(size)} "
-                         f"with padding {padding}.")
-    return tuple((length + 2 * padding - taps) // stride + 1
-                 for length, taps in zip(size, kernel, strict=True))
+        raise ValueError(f"{name}: stride {stride}, padding {padding}; expected stride ≥ 1 and "
+                         "padding ≥ 0.")
+    if any(side + 2 * padding < width for side, width in zip(size, kernel, strict=True)):
+        raise ValueError(f"{name}: a kernel of {tuple(kernel)} does not fit into an image of "
+                         f"{tuple(size)} with padding {padding}.")
+    return tuple((side + 2 * padding - width) // stride + 1
+                 for side, width in zip(size, kernel, strict=True))
 
 
 # ---- rounding and quantizers ---------------------------------------------------------------------

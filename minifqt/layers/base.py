@@ -44,9 +44,9 @@ class Layer:
     every gradient and returns dx. Neither writes to its input.
     """
 
-    training, name, streams = True, "", None
+    training, name = True, ""
     buffers: tuple[str, ...] = ()                         # state that is no parameter
-    _saved, _keep = None, False
+    _saved, _keep, _streams = None, False, None
 
     def forward(self, x: Array) -> Array:  # noqa: ARG002 - subclasses use it
         """The layer's output; in training, what backward needs is saved."""
@@ -55,6 +55,14 @@ class Layer:
     def backward(self, dy: Array) -> Array:  # noqa: ARG002 - subclasses use it
         """dx for the dy of the last forward; gradients of parameters are assigned."""
         raise TypeError(f"{type(self).__name__} defines no backward.")
+
+    @property
+    def streams(self) -> Streams:
+        """The noise of the network that this layer is part of; its `step` is set by train_step."""
+        if self._streams is None:
+            raise RuntimeError(f"{type(self).__name__}: not built. Call minifqt.layers.build(net, "
+                               "recipe, seed) first: it names the layers and gives them noise.")
+        return self._streams
 
     def save(self, *values) -> None:
         """Keep these for backward; in evaluation keep nothing."""
@@ -134,9 +142,9 @@ class Layer:
                 raise ValueError(f"{name} has shape {tuple(arrays[name].shape)}; this network "
                                  f"needs {old.shape}: other classes, channels or model?")
         for name, get, take in self._entries():
-            if name in arrays:
-                old = get()
-                take(array_module(old).array(to_cpu(arrays[name]), dtype=old.dtype))
+            old = get()
+            new = to_cpu(arrays[name]) if name in arrays else np.full(old.shape, np.nan)
+            take(array_module(old).array(new, dtype=old.dtype))
 
     def _entries(self):
         """(name, get, take) of every array of the state."""
@@ -176,7 +184,7 @@ class Quantized(Layer):
 
 
 class Sequential(Layer):
-    """Layers one after another, named 0, 1, 2, …"""
+    """Layers one after another, named 0, 1, 2, …; `layers.build` it before use."""
 
     def __init__(self, *layers: Layer):
         self.layers = layers
@@ -212,7 +220,7 @@ def build(net: Layer, recipe: Recipe | str, seed: int = 0, device: str = "cpu",
         raise ValueError(f"dtype {dtype} with {recipe}: expected float32, or float64 with the "
                          "recipe fp32.")
     for name, layer in net.walk():
-        layer.streams, layer.name = streams, name or type(layer).__name__.lower()
+        layer._streams, layer.name = streams, name or type(layer).__name__.lower()
         layer.initialize(xp, dtype)
         if isinstance(layer, Quantized):
             names = {place: f"{layer.name}.{place}" for place in specs}
@@ -231,11 +239,12 @@ def he_normal(layer: Layer, shape: tuple, fan_in: int, xp, dtype: str) -> Param:
     return Param(xp.asarray(noise * np.float32(np.sqrt(2 / fan_in)), dtype=dtype))
 
 
-def require_input(layer: Layer, x: Array, axes: str, channels: int) -> None:
-    """ValueError unless x has these axes and its last is of size `channels`."""
-    if x.ndim != axes.count(",") + 1 or x.shape[-1] != channels:
+def as_input(layer: Layer, x: Array, axes: str, channels: int) -> Array:
+    """x in the layer's dtype; ValueError unless it has these axes, the last of size `channels`."""
+    if x.ndim != axes.count(",") + 1 or x.shape[-1] != channels or x.size == 0:
         raise ValueError(f"{layer.name}: input of shape {x.shape}; expected {axes} with "
-                         f"{channels} in the last place.")
+                         f"{channels} in the last place, and no axis of size 0.")
+    return x.astype(layer.weight.data.dtype, copy=False)
 
 
 def _join(prefix, name):

@@ -4,7 +4,7 @@ Each is a few lines; sums over batch and pixels are in kernels/norm.py and kerne
 """
 from minifqt.backend import array_module
 from minifqt.kernels import norm, pool
-from minifqt.layers.base import Layer, Param, build, require_input
+from minifqt.layers.base import Layer, Param, as_input, build
 
 
 class BatchNorm2d(Layer):
@@ -30,7 +30,7 @@ class BatchNorm2d(Layer):
         self.running_var = xp.ones(self.channels, dtype)
 
     def forward(self, x):
-        require_input(self, x, "(N, H, W, C)" if x.ndim == 4 else "(N, C)", self.channels)
+        x = as_input(self, x, "(N, H, W, C)" if x.ndim == 4 else "(N, C)", self.channels)
         if self.training:
             mean, var = norm.statistics(x)
             self._move_running(mean, var, x.size // self.channels)
@@ -43,6 +43,9 @@ class BatchNorm2d(Layer):
 
     def backward(self, dy):
         normal, inv_std = self.saved()
+        if dy.shape != normal.shape:
+            raise ValueError(f"{self.name}: gradient of shape {dy.shape}; expected the shape of "
+                             f"the last output, {normal.shape}.")
         dx, dweight, dbias = norm.backward(dy, normal, inv_std, self.weight.data)
         self.weight.grad, self.bias.grad = dweight, dbias
         return dx

@@ -4,9 +4,10 @@ There is no branch on quantization: full precision is the Identity quantizer on 
 Next: quantizers/psq.py, then kernels/reference.py. What a Layer is: base.py.
 """
 import math
+from numbers import Integral
 
 from minifqt.kernels import conv, gemm, norm
-from minifqt.layers.base import Param, Quantized, build, he_normal, require_input
+from minifqt.layers.base import Param, Quantized, as_input, build, he_normal
 from minifqt.recipes import Recipe
 
 
@@ -23,13 +24,14 @@ class Conv2d(Quantized):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
                  stride: int = 1, padding: int = 0, bias: bool = False,
                  recipe: Recipe | str = "fp32"):
-        self.kernel_size = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+        square = isinstance(kernel_size, Integral)
+        self.kernel_size = (kernel_size, kernel_size) if square else tuple(kernel_size)
         self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, bias
         self.stride, self.padding = stride, padding
         build(self, recipe)
 
     def forward(self, x):                                 # (N, H, W, C)
-        require_input(self, x, "(N, H, W, C)", self.in_channels)
+        x = as_input(self, x, "(N, H, W, C)", self.in_channels)
         qx = self.q.act(x)                                # Q_f   8-bit, nearest
         qw = self.q.weight(self.weight.data)              # Q_θ   8-bit, nearest
         self.save(qx, qw)                                 # the codes are all that this layer keeps
@@ -72,7 +74,7 @@ class Linear(Quantized):
         build(self, recipe)
 
     def forward(self, x):                                 # (N, I)
-        require_input(self, x, "(N, I)", self.in_features)
+        x = as_input(self, x, "(N, I)", self.in_features)
         qx = self.q.act(x)                                # (N, I)
         qw = self.q.weight(self.weight.data)              # (O, I)
         self.save(qx, qw)

@@ -6,6 +6,7 @@ shortest real one.
 import logging
 import re
 from dataclasses import replace
+from numbers import Integral
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class Quantizer:
     unbiased = True                                       # E[x̂] = x under stochastic rounding
 
     def __init__(self, bits: int | None):
-        if bits is None or not 2 <= bits <= 8:
+        if not isinstance(bits, Integral) or not 2 <= bits <= 8:
             raise ValueError(
                 f"{self.name} with bits {bits}: expected 2 to 8 bits, as in {self.name}8.")
         self.bits = bits
@@ -85,7 +86,7 @@ class Quantizer:
     def variance(self, x: Array) -> Array:
         """Exact Var of dequantize() for each element, float64, shape of x.
 
-        The rounding is a step in the noise; where it steps is found by bisection, with 17
+        The rounding is a step in the noise; where it steps is found by bisection, with 18
         quantizations. Families whose closed form is cheaper override this.
         """
         xp = array_module(x)
@@ -146,7 +147,7 @@ class Identity(Quantizer):
             finite = xp.isfinite(x).all()
         stream.require_finite(finite)
         shape = (1,) * x.ndim
-        return QTensor(x, xp.ones(shape, x.dtype), xp.zeros(shape, x.dtype))
+        return QTensor(x, xp.ones(shape, x.dtype), xp.zeros(shape, x.dtype), name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """0 everywhere."""

@@ -33,7 +33,8 @@ class BHQ(Quantizer):
         per_row = (len(x),) + (1,) * (x.ndim - 1)
         codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
         return QTensor(
-            codes.reshape(x.shape), g.scale.reshape(per_row), g.zero.reshape(per_row), mix)
+            codes.reshape(x.shape), g.scale.reshape(per_row), g.zero.reshape(per_row), mix,
+                       stream.name)
 
     def variance(self, x: Array) -> Array:
         """(T⁻¹)² · scale² p(1 − p).  float64, shape of x."""
@@ -75,8 +76,8 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
     k = xp.where(fits.any(), fits.argmax(keepdims=True) + 1, 0)
     G, row = M - k, xp.arange(N)
     ends = xp.rint(sums * k / xp.maximum(sums[(G - 1).clip(0)], 1)).astype("int64")
-    ends = xp.where(row < G, ends, N + 1)                 # small rows before ends[i]: groups 0 .. i
-    group = xp.where(row < G, row, xp.searchsorted(ends, row - G, side="right"))
+    small_before = xp.where(row < G, ends, N + 1)         # so many belong to groups 0 .. i
+    group = xp.where(row < G, row, xp.searchsorted(small_before, row - G, side="right"))
     group = xp.where(row < M, group, G + row - M)
     leader_first = xp.argsort(group, kind="stable")
     return order[leader_first], group[leader_first]

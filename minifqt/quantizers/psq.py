@@ -20,7 +20,8 @@ class PSQ(Quantizer):
         per_sample = (len(x),) + (1,) * (x.ndim - 1)
         codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
         return QTensor(
-            codes.reshape(x.shape), g.scale.reshape(per_sample), g.zero.reshape(per_sample))
+            codes.reshape(x.shape), g.scale.reshape(per_sample), g.zero.reshape(per_sample),
+                       name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale_i² · p(1 − p).  float64, shape of x."""

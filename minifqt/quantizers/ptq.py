@@ -36,7 +36,8 @@ class PerTensor(Quantizer):
 class PTQ(PerTensor):
     """scale = R / B, zero = −min / scale, a real number.
 
-    Var = scale² Σ p(1 − p) ≤ N·D·R²/4B². May enter every product.
+    Var = scale² Σ p(1 − p) ≤ N·D·R²/4B². May enter every product. The authors' code has an integer
+    zero (`ptqz`), which is better where many numbers are exactly 0.
     Source: arXiv 2010.14298, the per-tensor quantizer. Plain form: reference.psq of one row.
     """
 
@@ -44,7 +45,8 @@ class PTQ(PerTensor):
         g = grid(row, low, high, self.bins)
         codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
         single = (1,) * x.ndim
-        return QTensor(codes.reshape(x.shape), g.scale.reshape(single), g.zero.reshape(single))
+        return QTensor(codes.reshape(x.shape), g.scale.reshape(single), g.zero.reshape(single),
+                       name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale² · p(1 − p).  float64, shape of x."""
@@ -72,7 +74,8 @@ class Anchored(PerTensor):
         h = stream.bits(x.shape, array_module(x)).reshape(row.shape)
         codes = rounding.anchored_codes(row, h, shift, inv, code, self._limits(), self.dtype)
         single = (1,) * x.ndim
-        return QTensor(codes.reshape(x.shape), scale.reshape(single), zero.reshape(single))
+        return QTensor(codes.reshape(x.shape), scale.reshape(single), zero.reshape(single),
+                       name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale² · p(1 − p), 0 for every 0.  float64, shape of x."""
