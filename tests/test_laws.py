@@ -308,7 +308,7 @@ def test_a_mixed_operand_may_not_enter_fprop_or_wgrad(product, operand):
     rng, geometry = np.random.default_rng(0), Geometry(N=6, K=6)
     pair = [some(rng, shape) for shape in geometry.shapes(product)]
     pair[operand] = mixed(rng, pair[operand].shape)
-    with pytest.raises(ValueError, match=rf"{product.split()[1]} cannot take tensor, whose rows "
+    with pytest.raises(ValueError, match=rf"{product.split()[1]} cannot take x, whose rows "
                        "are mixed by Householder: only dgrad"):
         geometry.multiply(product, *pair)
 
@@ -317,7 +317,7 @@ def test_a_mixed_operand_may_not_enter_fprop_or_wgrad(product, operand):
 def test_mixed_weights_may_not_enter_dgrad(product):
     rng, geometry = np.random.default_rng(0), Geometry(K=6)
     first, second = geometry.shapes(product)
-    with pytest.raises(ValueError, match="dgrad cannot take tensor, whose rows are mixed"):
+    with pytest.raises(ValueError, match="dgrad cannot take x, whose rows are mixed"):
         geometry.multiply(product, some(rng, first), mixed(rng, second))
 
 
@@ -392,7 +392,7 @@ def test_a_kernel_that_does_not_fit_raises():
 def test_a_stride_below_1_or_a_padding_below_0_raises(stride, padding):
     rng = np.random.default_rng(0)
     x, w = some(rng, (1, 4, 4, 1)), some(rng, (1, 3, 3, 1))
-    with pytest.raises(ValueError, match=f"stride {stride}, padding {padding}: expected stride"):
+    with pytest.raises(ValueError, match=f"stride {stride}, padding {padding}; expected stride"):
         conv.fprop(x, w, stride, padding)
 
 

@@ -249,9 +249,9 @@ def test_activation_ranges_may_be_missing_or_unknown_so_weights_move_between_rec
     step(quantized, images(4, 8, 8, 3))
     plain.load_state(quantized.state())
     assert (plain.fc.weight.data == quantized.fc.weight.data).all()
-    before = quantized.conv1.q.act.range.copy()
+    assert np.isfinite(quantized.conv1.q.act.range).all()
     quantized.load_state(models.build("resnet8", seed=2, recipe="fp32").state())
-    assert (quantized.conv1.q.act.range == before).all()
+    assert np.isnan(quantized.conv1.q.act.range).all()    # those of the old weights are forgotten
 
 
 # ---- the four quantizers -------------------------------------------------------------------------
@@ -542,7 +542,7 @@ def test_the_loss_of_huge_logits_is_finite():
     (np.array([0, 3]), 0, r"labels 0\.\.3 for 3 classes: expected 0\.\.2"),
     (np.array([-1, 0]), 0, r"labels -1\.\.0 for 3 classes"),
     (np.array([0.0, 1.0]), 0, "expected integers"),
-    (np.array([0, 1]), 1.0, "label_smoothing 1.0"),
+    (np.array([0, 1]), 1.5, "label_smoothing 1.5"),
     (np.array([0, 1]), -0.1, "label_smoothing -0.1"),
 ])
 def test_labels_or_a_smoothing_that_do_not_fit_raise(labels, smoothing, message):
