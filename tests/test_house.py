@@ -3,9 +3,12 @@ import ast
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import models
 import train
+from minifqt import quantizers
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("minifqt/**/*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("data/*.py"),
@@ -118,3 +121,26 @@ def test_dependencies_are_the_ones_that_are_used():
 def test_no_file_is_too_long_to_live_in():
     for path in SOURCES:
         assert len(path.read_text().splitlines()) <= 300, path
+
+
+def test_documents_hold_no_placeholder_and_the_readme_shows_the_shipped_layer():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        assert not re.search(r"@[A-Z]+@|TODO", path.read_text()), path
+    shown = (ROOT / "README.md").read_text().split("class Linear(Quantized):")[1].split("```")[0]
+    shipped = (ROOT / "minifqt/layers/quantized.py").read_text()
+    for line in shown.splitlines()[3:]:
+        assert line in shipped, line
+
+
+def test_the_readmes_own_quantizer_works():
+    code = (ROOT / "README.md").read_text().split("## Your own quantizer")[1].split("```python")[1]
+    names = {}
+    try:
+        exec(code.split("```")[0], names)
+        net = models.build("resnet8", recipe="half4")
+        assert str(net.conv1.q.grad_x) == "half4"
+        x = np.random.default_rng(0).standard_normal((4, 5)).astype("float32")
+        q = quantizers.create("half", bits=4)
+        assert 0 < q.variance(x).sum() <= q.bound(x)
+    finally:
+        quantizers.base._REGISTRY.pop("half", None)

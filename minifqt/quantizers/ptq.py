@@ -37,7 +37,7 @@ class PTQ(PerTensor):
     """scale = R / B, zero = −min / scale, a real number.
 
     Var = scale² Σ p(1 − p) ≤ N·D·R²/4B². May enter every product. The authors' code has an integer
-    zero (`ptqz`), which is better where many numbers are exactly 0.
+    zero (`ptqz`), which is better where most numbers are far smaller than a step.
     Source: arXiv 2010.14298, the per-tensor quantizer. Plain form: reference.psq of one row.
     """
 
