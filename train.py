@@ -105,11 +105,11 @@ def run(flags: argparse.Namespace) -> int:
     if metrics is None:
         print(f"\ninterrupted and saved; go on with: {again}")
         return 130
-    print(f"test accuracy {metrics['test_acc']:.2%}, best {job.progress.best_acc:.2%}; "
-          f"the curve is in {job.metrics}")
     if flags.dataset == "digits":
         print("try next: --recipe bhq3 (fewer bits), ptq3 (a coarser quantizer), fp32; or\n"
               "  python train.py --dataset cifar10 --download --model resnet20 --epochs 30")
+    print(f"test accuracy {metrics['test_acc']:.2%}, best {job.progress.best_acc:.2%}; "
+          f"the curve is in {job.metrics}; resume: {again}")
     return 0
 
 

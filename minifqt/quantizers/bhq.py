@@ -101,6 +101,7 @@ class Householder:
         first = self.starts[self.group]                               # (N,) each mixed row's leader
         count = xp.searchsorted(self.group, row, side="right") - self.starts      # of each group
         root = 1 / xp.sqrt(xp.maximum(count, 1))[:, None]
+        # _reflect: v₁ = 1 − root, the others −root, and vᵀv / 2 = 1 − root
         self._root, self._gain = root, 1 / xp.where(root < 1, 1 - root, 1)
         self.leads, self.n = row == first, count[self.group].astype("float64")
         self._v = xp.where(self.leads[:, None], 1, 0) - root[self.group]
