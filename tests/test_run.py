@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import digits, job, train_all
 
 import minifqt
 import models
@@ -16,7 +17,6 @@ import train
 from data.loader import Loader
 from minifqt import backend, checkpoint, optim, training
 from minifqt.run import interruptible
-from runs import digits, job, train_all
 
 ROOT = Path(__file__).parents[1]
 

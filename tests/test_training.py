@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny import digits, job, train_all
 
 import minifqt
 import models
@@ -15,7 +16,6 @@ from minifqt import checkpoint, layers, optim, quantizers, training
 from minifqt.qtensor import QTensor, as_floats, common_dtype
 from minifqt.run import interruptible
 from minifqt.training import Progress
-from runs import digits, job, train_all
 
 
 class Known:
