@@ -71,7 +71,7 @@ class Layer:
     def saved(self) -> tuple:
         """What forward kept; consumed, so that a second backward raises RuntimeError."""
         if self._saved is None:
-            why = ("the first backward consumed it, or there was no forward" if self.training
+            why = ("the first backward consumed it" if self.training
                    else "evaluation keeps nothing: call train() first")
             raise RuntimeError(f"{self.name or type(self).__name__}: nothing saved for backward(); "
                                f"{why}. Call forward() again.")
