@@ -2,25 +2,14 @@
 import authors
 import numpy as np
 import pytest
+from given import Given
 
 from minifqt.kernels import reference
 from minifqt.quantizers import create
 from minifqt.quantizers.bhq import _COLUMNS, Householder, groups
-from minifqt.rng import Stream, Streams
 
 each_width = pytest.mark.parametrize("bits", range(2, 9))
 each_size = pytest.mark.parametrize("N", [1, 2, 3, 5, 37, 100])
-
-
-class Given(Stream):
-    """A stream of one given noise: a number for all elements, or an array."""
-
-    def __init__(self, noise):
-        super().__init__(Streams(0), "given")
-        self.noise = noise
-
-    def bits(self, shape, xp=np, offset=0):               # noqa: ARG002 - the noise is given
-        return xp.broadcast_to(xp.asarray(self.noise, "uint16"), shape)
 
 
 def student(N=32, D=48):

@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+from given import Given
 
 import minifqt
 from minifqt import backend, quantizers
@@ -16,7 +17,7 @@ from minifqt.quantizers import Bound, Quantizer, create
 from minifqt.quantizers.affine import grid, rescaled
 from minifqt.quantizers.base import BoundActivation
 from minifqt.recipes import Recipe
-from minifqt.rng import NonFiniteError, Stream, Streams, nearest
+from minifqt.rng import NonFiniteError, Streams, nearest
 
 INTEGER = ("ptq", "ptqz", "psq", "sym", "bhq")
 ALL = ("identity", *INTEGER)
@@ -24,17 +25,6 @@ BITS = tuple(range(2, 9))
 each_integer = pytest.mark.parametrize("name", INTEGER)
 each_one = pytest.mark.parametrize("name", ALL)
 each_width = pytest.mark.parametrize("bits", BITS)
-
-
-class Given(Stream):
-    """A stream of one given noise: a number for all elements, or an array."""
-
-    def __init__(self, noise):
-        super().__init__(Streams(0), "given")
-        self.noise = noise
-
-    def bits(self, shape, xp=np, offset=0):               # noqa: ARG002 - the noise is given
-        return xp.broadcast_to(xp.asarray(self.noise, "uint16"), shape)
 
 
 def make(name, bits=8):

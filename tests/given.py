@@ -1,0 +1,15 @@
+"""Noise that a test chooses: all of it, or one number everywhere."""
+import numpy as np
+
+from minifqt.rng import Stream, Streams
+
+
+class Given(Stream):
+    """A stream of one given noise: a number for all elements, or an array."""
+
+    def __init__(self, noise):
+        super().__init__(Streams(0), "given")
+        self.noise = noise
+
+    def bits(self, shape, xp=np, offset=0):
+        return xp.broadcast_to(xp.asarray(self.noise, "uint16"), shape)
