@@ -17,10 +17,10 @@ PARTS, LEAST = 8, 1 << 18                                 # pieces of work, and 
 class Floats:
     """Plain products of Identity operands, float32 or float64."""
 
-    exact, columns = False, 1 << 20
+    exact = False
 
-    def __init__(self, dtype):
-        self.dtype = dtype
+    def __init__(self, dtype, columns):
+        self.dtype, self.columns = dtype, columns
 
     def load(self, codes):
         return codes
@@ -98,9 +98,10 @@ def gemm_ex(a, b):
 
 def engine_of(a, b):
     """How the product of these two tensors is computed."""
-    if not (a.is_integer and b.is_integer):
-        return Floats(a.codes.dtype.name)
-    return Sgemm() if array_module(a.codes) is np else TensorCores()
+    integer, on_cpu = a.is_integer and b.is_integer, array_module(a.codes) is np
+    if integer:
+        return Sgemm() if on_cpu else TensorCores()
+    return Floats(a.codes.dtype.name, Sgemm.columns if on_cpu else TensorCores.columns)
 
 
 def centre(codes):
