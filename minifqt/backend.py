@@ -3,11 +3,14 @@
 Everything above asks `array_module(x)` and never the device. Blocks of work are cut by shape, never
 by thread count, so 1, 2 and 4 threads give the same bits. Next: rng.py, then qtensor.py.
 """
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any, TypeAlias
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -21,6 +24,10 @@ Array: TypeAlias = Any                                    # numpy.ndarray or cup
 
 _blas = ThreadpoolController()
 _pool: ThreadPoolExecutor | None = None
+_workers: list[Thread] = []
+_jobs: SimpleQueue = SimpleQueue()
+_LARGE = 1 << 17                                          # bytes; malloc keeps smaller ones itself
+_shelf: dict[int, list[np.ndarray]] = {}                  # free memory by size
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -83,6 +90,76 @@ def map_blocks(function: Callable, count: int, size: int) -> list:
         contexts = [copy_context() for _ in blocks]       # np.errstate of the caller
         return list(_pool.map(lambda block, context: context.run(function, block), blocks,
                               contexts))
+
+
+def empty(shape: tuple, dtype="float32") -> np.ndarray:
+    """An array whose memory, if large, comes from arrays that were let go: no page is new twice.
+
+    A step then allocates nothing large, and pays no page faults. Contents are arbitrary.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < _LARGE:
+        return np.empty(shape, dtype)
+    return np.asarray(_Loan(size)).view(dtype).reshape(shape)
+
+
+class _Loan:
+    """Memory that returns to the shelf when the last array that uses it is gone."""
+
+    def __init__(self, size):
+        try:
+            self.memory = _shelf[size].pop()
+        except (KeyError, IndexError):
+            self.memory = np.empty(size, np.uint8)
+        self.__array_interface__ = self.memory.__array_interface__
+
+    def __del__(self):
+        _shelf.setdefault(len(self.memory), []).append(self.memory)
+
+
+def share(kernel: Callable, *arguments) -> None:
+    """kernel(counter, *arguments) on every thread; each takes its tasks from the counter.
+
+    kernel   compiled, without the GIL; counter is int64 (1,), from 0
+    The caller works too, and waits only for those that have begun: a worker that wakes too late
+    finds its entry closed.
+    """
+    counter, helpers = np.zeros(1, np.int64), _threads - 1
+    while len(_workers) < helpers:
+        _workers.append(Thread(target=_work, name="minifqt.share", daemon=True))
+        _workers[-1].start()
+    jobs = [_Job(Lock(), Lock(), kernel, (counter, *arguments), []) for _ in range(helpers)]
+    for job in jobs:
+        job.finished.acquire()
+        _jobs.put(job)
+    kernel(counter, *arguments)
+    for job in jobs:
+        if not job.entry.acquire(blocking=False):         # it has begun
+            job.finished.acquire()
+            for error in job.errors:
+                raise error
+
+
+class _Job(NamedTuple):
+    """One thread's part of a `share`."""
+
+    entry: Any                                            # a lock: held once begun, or closed
+    finished: Any                                         # a lock: released at the end
+    kernel: Callable
+    arguments: tuple
+    errors: list
+
+
+def _work():
+    while True:
+        job = _jobs.get()
+        if job.entry.acquire(blocking=False):
+            try:
+                job.kernel(*job.arguments)
+            except BaseException as error:  # noqa: BLE001 - raised by the caller
+                job.errors.append(error)
+            job.finished.release()
+        del job                                           # its arrays are not kept alive
 
 
 def one_blas_thread():

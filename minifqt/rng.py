@@ -14,8 +14,8 @@ from minifqt.backend import Array, array_module, map_blocks, to_cpu
 HALF = 32768                                              # as noise everywhere it rounds to nearest
 _CHUNK = 1 << 16                                          # Philox blocks (of 16 values) in one task
 _LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)   # Salmon 2011, table 2; NumPy's philox.h
-_INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)   # Salmon 2011, table 2; NumPy's philox.h
+INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 
 def philox(key, step: int, first: int, count: int, xp=np) -> Array:
@@ -38,9 +38,9 @@ def philox(key, step: int, first: int, count: int, xp=np) -> Array:
     c0 = xp.arange(first + 1, first + 1 + count, dtype=xp.uint64)
     c1, c2, c3 = xp.full_like(c0, step), xp.zeros_like(c0), xp.zeros_like(c0)
     for _ in range(10):
-        (h0, l0), (h1, l1) = product(_MULTIPLIERS[0], c0), product(_MULTIPLIERS[1], c2)
+        (h0, l0), (h1, l1) = product(MULTIPLIERS[0], c0), product(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = h1 ^ c1 ^ xp.uint64(k0), l1, h0 ^ c3 ^ xp.uint64(k1), l0
-        k0, k1 = k0 + _INCREMENTS[0] & _LOW64, k1 + _INCREMENTS[1] & _LOW64
+        k0, k1 = k0 + INCREMENTS[0] & _LOW64, k1 + INCREMENTS[1] & _LOW64
     return xp.stack([c0, c1, c2, c3], axis=1)
 
 
@@ -126,6 +126,14 @@ class Stream:
         counter = np.array([block, step, 0, 0], np.uint64)
         return np.random.Generator(np.random.Philox(counter=counter, key=self.key))
 
+    def source(self) -> tuple | None:
+        """(key, step, constant) for kernels that make `bits` themselves: constant −1, or the noise.
+
+        None where a subclass defines `bits` in its own way.
+        """
+        plain = type(self).bits is Stream.bits
+        return (self.key, self.streams.step, -1) if plain else None
+
     def require_finite(self, finite: Array) -> None:
         self.streams.require_finite(self.name, finite)
 
@@ -135,6 +143,9 @@ class _Nearest(Stream):
 
     def bits(self, shape: tuple, xp=np, offset: int = 0) -> Array:  # noqa: ARG002 - every element is the same
         return xp.broadcast_to(xp.asarray(HALF, xp.uint16), shape)
+
+    def source(self):
+        return self.key, self.streams.step, HALF
 
 
 def nearest(streams: Streams, name: str) -> Stream:

@@ -111,11 +111,11 @@ def centre(codes):
 class Terms:
     """The zeros, scales and centres of two integer operands, as they stand in the result."""
 
-    def __init__(self, a, b, turn_a=lambda v: v, turn_b=lambda v: v):
+    def __init__(self, a, b, turn_a=lambda v: v, turn_b=lambda v: v, centres=None):
         self.zero_a, self.zero_b = (turn_a(a.zero.astype("float64")),
                                     turn_b(b.zero.astype("float64")))
         self.scale = turn_a(a.scale.astype("float64")) * turn_b(b.scale.astype("float64"))
-        self.centre_a, self.centre_b = centre(a.codes), centre(b.codes)
+        self.centre_a, self.centre_b = centres or (centre(a.codes), centre(b.codes))
         on_cpu = array_module(a.codes) is np              # else asking costs a sync: form all terms
         self.b1_matters, self.a1_matters = (bool(z.any()) if on_cpu else True
                                             for z in (self.zero_a, self.zero_b))

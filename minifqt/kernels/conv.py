@@ -1,10 +1,9 @@
-"""A convolution's three products: laws checked here, sums in blas.py (plain: reference.conv_*).
+"""A convolution's three products: laws checked here, sums in cpu/ or blas.py (plain: reference).
 
 Weights do not vary along their taps, images not along their pixels: a patch gathers pixels, so
 every axis but the one that survives in the result is contracted.
 """
-from minifqt.kernels import blas
-from minifqt.kernels.gemm import alike, require_shape
+from minifqt.kernels.gemm import alike, require_shape, sums_of
 from minifqt.kernels.reference import output_size
 from minifqt.qtensor import QTensor, require_factorable, require_unmixed
 
@@ -17,7 +16,7 @@ def fprop(x: QTensor, w: QTensor, stride: int, padding: int):
     require_factorable("fprop", w, (1, 2, 3))
     require_shape("fprop", w, w.shape[:3] + x.shape[3:])
     output_size(x.shape[1:3], w.shape[1:3], stride, padding, x.name)
-    return blas.conv_fprop(*alike(x, w), stride, padding)
+    return sums_of(x, w).conv_fprop(*alike(x, w), stride, padding)
 
 
 def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int):
@@ -28,7 +27,7 @@ def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int):
     require_factorable("wgrad", x, (0, 1, 2))
     out = output_size(x.shape[1:3], kernel, stride, padding, x.name)
     require_shape("wgrad", g, (x.shape[0], *out, g.shape[3]))
-    return blas.conv_wgrad(*alike(g, x), kernel, stride, padding)
+    return sums_of(g, x).conv_wgrad(*alike(g, x), kernel, stride, padding)
 
 
 def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int):
@@ -39,5 +38,5 @@ def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int):
     out = output_size(size, w.shape[1:3], stride, padding, g.name)
     require_shape("dgrad", g, (g.shape[0], *out, w.shape[0]))
     g, w = alike(g, w)
-    dx = blas.conv_dgrad(g, w, size, stride, padding)
+    dx = sums_of(g, w).conv_dgrad(g, w, size, stride, padding)
     return dx if g.mix is None else g.mix.undo(dx)

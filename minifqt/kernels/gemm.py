@@ -1,6 +1,12 @@
-"""A linear layer's three products: laws checked here, sums in blas.py (plain: reference.matmul)."""
+"""A linear layer's three products: laws checked here, sums in cpu/ or blas.py (plain: reference)."""
+import numpy as np
+
 from minifqt.kernels import blas
+from minifqt.kernels.cpu import choice
 from minifqt.qtensor import QTensor, as_floats, common_dtype, require_factorable, require_unmixed
+
+if choice.numba is not None:
+    from minifqt.kernels.cpu import products
 
 
 def fprop(x: QTensor, w: QTensor):
@@ -10,7 +16,7 @@ def fprop(x: QTensor, w: QTensor):
     require_factorable("fprop", x, (1,))
     require_factorable("fprop", w, (1,))
     require_shape("fprop", w, (w.shape[0], x.shape[1]))
-    return blas.matmul(*alike(x, w))
+    return sums_of(x, w).matmul(*alike(x, w))
 
 
 def wgrad(g: QTensor, x: QTensor):
@@ -21,7 +27,7 @@ def wgrad(g: QTensor, x: QTensor):
     require_factorable("wgrad", x, (0,))
     require_shape("wgrad", g, (x.shape[0], g.shape[1]))
     g, x = alike(g, x)
-    return blas.matmul(g.transposed(), x.transposed())
+    return sums_of(g, x).matmul(g.transposed(), x.transposed())
 
 
 def dgrad(g: QTensor, w: QTensor):
@@ -31,7 +37,7 @@ def dgrad(g: QTensor, w: QTensor):
     require_factorable("dgrad", w, (0,))
     require_shape("dgrad", g, (g.shape[0], w.shape[0]))
     g, w = alike(g, w)
-    dx = blas.matmul(g, w.transposed())
+    dx = sums_of(g, w).matmul(g, w.transposed())
     return dx if g.mix is None else g.mix.undo(dx)
 
 
@@ -48,3 +54,9 @@ def alike(a: QTensor, b: QTensor):
         return a, b
     dtype = common_dtype(a, b)
     return as_floats(a, dtype), as_floats(b, dtype)
+
+
+def sums_of(a: QTensor, b: QTensor):
+    """The module that multiplies these two: compiled for integers on a CPU that can, else BLAS."""
+    integers = a.is_integer and b.is_integer and isinstance(a.codes, np.ndarray)
+    return products if integers and choice.isa() else blas

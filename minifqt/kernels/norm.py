@@ -1,74 +1,103 @@
-"""Sums over batch and pixels, and batch normalisation's two passes each way.
+"""Sums over batch and pixels, and batch normalisation both ways, with the ReLU behind it or alone.
 
-Sums are float64 (float32 partial sums of 16 fixed rows), in an order cut by shape, rounded once:
-the same for any thread count.
+Sums are float64, image by image in an order cut by shape, and rounded once: the same for any number
+of threads. Each function shows the plain formula for arrays on a GPU; on a CPU it is compiled, or
+runs in blocks that fit a cache, with the same float operations in the same order.
 """
 import numpy as np
 
-from minifqt.backend import Array, array_module, map_blocks
+from minifqt.backend import Array, array_module, map_blocks, share
+from minifqt.kernels.seen import Summary, blank, images, passes, runs, suits, summary
 
 _BLOCK = 1 << 16                                          # elements
 
 
 def channel_sum(x: Array) -> Array:
     """Σ over all axes but the last.  (…, C) → (C,) float64."""
-    if array_module(x) is not np:
-        return x.sum(axis=tuple(range(x.ndim - 1)), dtype="float64")
-    rows = _wide(x)
-    return sum(map_blocks(lambda part: _partial(rows[part], x.shape[-1]), len(rows), _rows(rows)))
+    if suits(x):
+        s = summary(x)
+        return s.pivot * (x.size // x.shape[-1]) + s.sums[0].sum(axis=0)
+    return sums(x, 0)[0]
 
 
 def statistics(x: Array) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel, two passes.  (…, C) → (C,), (C,) in x's dtype."""
-    xp, C, count = array_module(x), x.shape[-1], x.size // x.shape[-1]
-    mean = (channel_sum(x) / count).astype(x.dtype)
-    if xp is not np:
-        return mean, (channel_sum((x - mean) ** 2) / count).astype(x.dtype)
-    rows, wide_mean = _wide(x), _tile(mean, x)
+    """Mean and biased variance of each channel.  (…, C) → (C,), (C,) in x's dtype.
 
-    def squares(part):
-        v = rows[part] - wide_mean
-        v *= v
-        return _partial(v, C)
+    One pass around a pivot, the first pixel: as exact as two passes, for the pivot's distance from
+    the mean is at most √count standard deviations, and float64 has the digits for its square.
+    """
+    count = x.size // x.shape[-1]
+    pivot = x.reshape(-1, x.shape[-1])[0].astype("float64")
+    if suits(x):
+        s = summary(x)
+        pivot, s1, s2 = s.pivot, *s.sums.sum(axis=1)
+    else:
+        s1, s2 = sums(x, pivot)
+    return ((pivot + s1 / count).astype(x.dtype),
+            array_module(x).maximum(s2 / count - (s1 / count) ** 2, 0).astype(x.dtype))
 
-    return mean, (sum(map_blocks(squares, len(rows), _rows(rows))) / count).astype(x.dtype)
 
-
-def normalize(x: Array, mean: Array, inv_std: Array, weight: Array,
-              bias: Array) -> tuple[Array, Array]:
-    """x̂ = (x − mean) · inv_std and y = weight · x̂ + bias.  x (…, C), the rest (C,)."""
+def sums(x, pivot):
+    """Σ(x − pivot) and Σ(x − pivot)² of each channel, float64."""
+    C = x.shape[-1]
     if array_module(x) is not np:
-        normal = (x - mean) * inv_std
-        return normal, weight * normal + bias
-    normal, y = np.empty_like(x, order="C"), np.empty_like(x, order="C")
-    rows, out_normal, out = _wide(x), _wide(normal), _wide(y)
+        d = (x - pivot).reshape(-1, C)
+        return d.sum(axis=0), (d * d).sum(axis=0)
+    rows, wide = _wide(x), _tile(np.zeros(C) + pivot, x)
+
+    def block(part):
+        d = rows[part] - wide                             # float64
+        return np.stack([v.sum(axis=0).reshape(-1, C).sum(axis=0) for v in (d, d * d)])
+
+    return sum(map_blocks(block, len(rows), _rows(rows)))
+
+
+def normalize(x: Array, mean: Array, inv_std: Array, weight: Array, bias: Array) -> Array:
+    """y = weight · x̂ + bias, x̂ = (x − mean) · inv_std.  x (…, C), the rest (C,)."""
+    if suits(x):
+        return Normalized(x, mean, inv_std, weight, bias).array()
+    if array_module(x) is not np:
+        return weight * ((x - mean) * inv_std) + bias
+    y = np.empty_like(x, order="C")
+    rows, out = _wide(x), _wide(y)
     mean, inv_std, weight, bias = (_tile(v, x) for v in (mean, inv_std, weight, bias))
 
     def block(part):
-        v = np.subtract(rows[part], mean, out=out_normal[part])
+        v = np.subtract(rows[part], mean, out=out[part])
         v *= inv_std
-        np.multiply(v, weight, out=out[part])
-        out[part] += bias
+        v *= weight
+        v += bias
 
     map_blocks(block, len(rows), _rows(rows))
-    return normal, y
+    return y
 
 
-def backward(dy: Array, normal: Array, inv_std: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """dx, dweight, dbias of y = weight · x̂ + bias where x̂ came from the batch's own statistics.
+def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
+             weight: Array) -> tuple[Array, Array, Array]:
+    """dx, dweight, dbias of `normalize` where mean and inv_std are those of x itself.
 
-    dx = weight · inv_std · (dy − mean(dy) − x̂ · mean(dy · x̂)); Ioffe & Szegedy 2015, section 3.
+    dx = weight · inv_std · (dy − x̂ · mean(dy · x̂) − mean(dy)); Ioffe & Szegedy 2015, section 3.
     """
     xp, C, count = array_module(dy), dy.shape[-1], dy.size // dy.shape[-1]
-    dbias = channel_sum(dy)
+    if suits(dy) and suits(x):
+        return Normalized(x, mean, inv_std, weight, 0 * weight).backward(dy)
     if xp is not np:
-        dweight = channel_sum(dy * normal)
-        dx = weight * inv_std * (dy - (dbias / count).astype(dy.dtype)
-                                 - normal * (dweight / count).astype(dy.dtype))
+        normal = (x - mean) * inv_std
+        dbias, dweight = (v.reshape(-1, C).sum(axis=0, dtype="float64") for v in (dy, dy * normal))
+        dx = ((dy - normal * (dweight / count).astype(dy.dtype)
+               - (dbias / count).astype(dy.dtype)) * (weight * inv_std))
         return dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)
-    rows, hats, dx = _wide(dy), _wide(normal), np.empty_like(dy, order="C")
-    out, size = _wide(dx), _rows(rows)
-    dweight = sum(map_blocks(lambda part: _partial(rows[part] * hats[part], C), len(rows), size))
+    rows, inputs, dx = _wide(dy), _wide(x), np.empty_like(dy, order="C")
+    hats, out, size = _wide(np.empty_like(dx)), _wide(dx), _rows(rows)
+    mean, wide_inv = _tile(mean, dy), _tile(inv_std, dy)
+
+    def partial(part):
+        hat = np.subtract(inputs[part], mean, out=hats[part])
+        hat *= wide_inv
+        return np.stack([v.sum(axis=0, dtype="float64").reshape(-1, C).sum(axis=0)
+                         for v in (rows[part], rows[part] * hat)])
+
+    dbias, dweight = sum(map_blocks(partial, len(rows), size))
     mean_dy, mean_dy_hat, gain = (_tile(v.astype(dy.dtype), dy)
                                   for v in (dbias / count, dweight / count, weight * inv_std))
 
@@ -80,6 +109,53 @@ def backward(dy: Array, normal: Array, inv_std: Array, weight: Array) -> tuple[A
 
     map_blocks(block, len(rows), size)
     return dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)
+
+
+class Normalized:
+    """`normalize`, and perhaps the ReLU behind it, that is formed where it is read: compiled passes.
+
+    x (N, …, C) float32, the rest (C,) float32
+    Whoever needs numbers calls `array`; the activation quantizer rounds without it.
+    """
+
+    def __init__(self, x, mean, inv_std, weight, bias, floor=-np.inf):
+        self.x, self.vectors, self.floor = x, (mean, inv_std, weight, bias), np.float32(floor)
+        self.shape, self.ndim, self.size, self.dtype = x.shape, x.ndim, x.size, x.dtype
+
+    def rectified(self) -> "Normalized":
+        """max(this, 0)."""
+        return Normalized(self.x, *self.vectors, floor=0)
+
+    def array(self) -> np.ndarray:
+        """Its numbers.  (N, …, C)."""
+        y = blank(self.x)
+        share(passes.normalize, *self.operands(), images(y))
+        return y
+
+    def operands(self):
+        """What the passes take: x (N, D), vectors (4, run), floor."""
+        return images(self.x), runs(*self.vectors), self.floor
+
+    @property
+    def summary(self) -> Summary:
+        """Its ranges, exact: rounding is monotone, so extremes of x become those of y."""
+        ranges, (mean, inv_std, weight, bias) = summary(self.x).ranges, self.vectors
+        ends = weight * ((ranges - mean) * inv_std) + bias           # (2, N, C)
+        return Summary(np.maximum(np.sort(ends, axis=0), self.floor), None, None)
+
+    def backward(self, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """dx, dweight, dbias as above; dy counts where this is above its floor."""
+        N, C, count = len(dy), dy.shape[-1], dy.size // dy.shape[-1]
+        dy2, (x, vectors, floor) = images(dy), self.operands()
+        partial, dx, ranges = np.empty((2, N, C)), blank(dy), np.empty((2, N, C), np.float32)
+        share(passes.gradient_sums, dy2, x, vectors, floor, C, partial)
+        dbias, dweight = partial.sum(axis=1)
+        slopes = [v.astype("float32") for v in (dbias / count, dweight / count)]
+        _, inv_std, weight, _ = self.vectors
+        share(passes.gradient, dy2, x, vectors, floor, runs(*slopes, weight * inv_std), C,
+              images(dx), ranges)
+        dx.summary = Summary(ranges, None, None)
+        return dx, dweight.astype("float32"), dbias.astype("float32")
 
 
 def _wide(x):
@@ -96,10 +172,3 @@ def _tile(v, x):
 
 def _rows(rows):
     return max(16, _BLOCK // rows.shape[1] // 16 * 16)
-
-
-def _partial(rows, C):
-    """Σ of each channel over rows (m, L · C): float32 over 16 equidistant rows, then float64."""
-    whole = len(rows) // 16 * 16
-    first = rows[:whole].reshape(16, -1).sum(axis=0).reshape(-1, C).sum(axis=0, dtype="float64")
-    return first + rows[whole:].reshape(-1, C).sum(axis=0, dtype="float64")

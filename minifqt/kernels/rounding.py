@@ -1,61 +1,102 @@
-"""Ranges and the one rounding, in cache-sized blocks on all threads; bit for bit reference.py.
+"""Ranges and the one rounding, bit for bit reference.py: compiled, or in blocks that fit a cache.
 
-On a GPU the reference, which is plainer, itself runs: whole arrays, no sync.
+Compiled, the noise is made where it is used. On a GPU the reference, which is plainer, itself runs:
+whole arrays, no sync.
 """
 import numpy as np
 
-from minifqt.backend import Array, array_module, map_blocks
+from minifqt.backend import Array, array_module, empty, map_blocks, share
 from minifqt.kernels import reference
+from minifqt.kernels.cpu import choice
+from minifqt.kernels.norm import Normalized
 from minifqt.kernels.reference import UNIT
+from minifqt.kernels.seen import passes, suits
+from minifqt.rng import Stream
 
 _BLOCK = 1 << 16                                          # float32s, 256 kB: in a core's L2 cache
 
 
-def row_ranges(x: Array) -> tuple[Array, Array]:
-    """Minimum and maximum of each row of x (N, D), each (N, 1); NaN where a row holds one."""
-    if array_module(x) is not np or len(x) == 1:
+def row_ranges(x: Array, rows: int) -> tuple[Array, Array]:
+    """Minimum and maximum of x as a matrix of so many rows, each (rows, 1); NaN where one is."""
+    known = getattr(x, "summary", None)
+    if known is not None and rows in (1, len(x)):
+        low, high = known.ranges.reshape(2, rows, -1)
+        return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
+    x = x.reshape(rows, -1)
+    if array_module(x) is not np:
         return x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
-    low, high = np.empty((len(x), 1), x.dtype), np.empty((len(x), 1), x.dtype)
+    parts = 1 if len(x) > 1 or x.size < _BLOCK else next(n for n in (64, 27, 25, 7, 1)
+                                                          if x.size % n == 0)
+    low, high = _row_ranges(x.reshape(len(x) * parts, -1))
+    return (low.reshape(len(x), parts).min(axis=1, keepdims=True),
+            high.reshape(len(x), parts).max(axis=1, keepdims=True))
+
+
+def _row_ranges(x):
+    low, high = np.empty((2, len(x)), x.dtype)
+    if suits(x):
+        share(passes.row_ranges, np.ascontiguousarray(x), low, high)
+        return low, high
 
     def block(rows):
-        x[rows].min(axis=1, keepdims=True, out=low[rows])
-        x[rows].max(axis=1, keepdims=True, out=high[rows])
+        x[rows].min(axis=1, out=low[rows])
+        x[rows].max(axis=1, out=high[rows])
 
     map_blocks(block, len(x), max(1, _BLOCK // x.shape[1]))
     return low, high
 
 
-def affine_codes(x: Array, low: Array, inv: Array, h: Array, bins: int) -> Array:
-    """reference.round_codes of fixed_point.  x, h (N, D); low, inv (N, 1) → uint8 (N, D)."""
-    if array_module(x) is not np:
-        return reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
+def affine_codes(x: Array, low: Array, inv: Array, stream: Stream, shape: tuple,
+                 bins: int) -> Array:
+    """reference.round_codes of fixed_point with the stream's noise for `shape`.
 
-    def rounded(x, low, inv, h, out):
-        v = x - low
-        v *= inv
-        np.rint(v, out=v)
-        fixed = v.astype("int32")
-        fixed += h
-        np.minimum(fixed, UNIT * bins + UNIT - 1, out=fixed)
-        fixed >>= 16
-        out[...] = fixed
-
-    return _in_blocks(rounded, x, h, np.uint8, low, inv)
-
-
-def anchored_codes(x: Array, h: Array, shift: Array, inv: Array, code: Array, limits: tuple,
-                   dtype) -> Array:
-    """reference.anchored_codes as dtype.
-
-    x, h (N, D); shift, inv, code (N, 1); limits (lowest, highest)
+    x (N, D) with as many elements; low, inv (N, 1) → uint8 (N, D)
     """
     if array_module(x) is not np:
+        h = stream.bits(shape, array_module(x)).reshape(x.shape)
+        return reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
+    return _codes(x, stream, shape, low, inv, np.zeros_like(low), (0, bins), np.uint8)
+
+
+def anchored_codes(x: Array, shift: Array, inv: Array, code: Array, stream: Stream, shape: tuple,
+                   limits: tuple, dtype) -> Array:
+    """reference.anchored_codes as dtype with the stream's noise for `shape`.
+
+    x (N, D) with as many elements; shift, inv, code (N, 1); limits (lowest, highest)
+    """
+    if array_module(x) is not np:
+        h = stream.bits(shape, array_module(x)).reshape(x.shape)
         return reference.anchored_codes(
             reference.anchored_fixed(x, shift, inv, code, *limits), h).astype(dtype)
+    return _codes(x, stream, shape, shift, inv, code, limits, dtype)
 
-    def rounded(x, shift, inv, code, h, out):
-        out[...] = reference.anchored_codes(
-            reference.anchored_fixed(x, shift, inv, code, *limits), h)
+
+def _codes(x, stream, shape, shift, inv, code, limits, dtype):
+    """Both of the above: limiting fixed before the noise or the sum behind it gives one code."""
+    lowest, highest = (np.float32(UNIT * limit) for limit in limits)
+    shift, inv, code = (v.astype("float32") for v in (shift, inv, UNIT * code))
+    source = stream.source()
+    if source and (suits(x) or isinstance(x, Normalized)):
+        out = empty(x.shape, dtype)
+        rounding = [v.reshape(-1) for v in (shift, inv, code)]
+        if isinstance(x, Normalized):
+            share(passes.round_normalized, *x.operands(), *(v[0] for v in rounding), lowest,
+                  highest, *source, out.view(np.uint8).reshape(len(x.x), -1))
+        else:
+            share(passes.round_rows, x, *rounding, lowest, highest, *source, out.view(np.uint8))
+        return out
+    x, h = np.asarray(x), stream.bits(shape).reshape(x.shape)
+
+    def rounded(x, h, shift, inv, code, out):
+        v = x - shift
+        v *= inv
+        np.rint(v, out=v)
+        v += code
+        np.clip(v, lowest, highest, out=v)
+        fixed = v.astype("int32")
+        fixed += h
+        fixed >>= 16
+        out[...] = fixed
 
     return _in_blocks(rounded, x, h, dtype, shift, inv, code)
 
@@ -65,13 +106,13 @@ def _in_blocks(rounded, x, h, dtype, *per_row):
     if len(x) == 1:                                       # one row: cut it along D
 
         def block(part):
-            rounded(x[:, part], *per_row, h[:, part], codes[:, part])
+            rounded(x[:, part], h[:, part], *per_row, codes[:, part])
 
         map_blocks(block, x.shape[1], _BLOCK)
     else:
 
         def block(rows):
-            rounded(x[rows], *(v[rows] for v in per_row), h[rows], codes[rows])
+            rounded(x[rows], h[rows], *(v[rows] for v in per_row), codes[rows])
 
         map_blocks(block, len(x), max(1, _BLOCK // x.shape[1]))
     return codes

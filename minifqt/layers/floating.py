@@ -37,16 +37,15 @@ class BatchNorm2d(Layer):
         else:
             mean, var = self.running_mean, self.running_var
         inv_std = 1 / array_module(x).sqrt(var + self.eps)
-        normal, y = norm.normalize(x, mean, inv_std, self.weight.data, self.bias.data)
-        self.save(normal, inv_std)
-        return y
+        self.save(x, mean, inv_std)
+        return norm.normalize(x, mean, inv_std, self.weight.data, self.bias.data)
 
     def backward(self, dy):
-        normal, inv_std = self.saved()
-        if dy.shape != normal.shape:
+        x, mean, inv_std = self.saved()
+        if dy.shape != x.shape:
             raise ValueError(f"{self.name}: gradient of shape {dy.shape}; expected the shape of "
-                             f"the last output, {normal.shape}.")
-        dx, dweight, dbias = norm.backward(dy, normal, inv_std, self.weight.data)
+                             f"the last output, {x.shape}.")
+        dx, dweight, dbias = norm.backward(dy, x, mean, inv_std, self.weight.data)
         self.weight.grad, self.bias.grad = dweight, dbias
         return dx
 

@@ -20,9 +20,9 @@ def as_rows(x: Array, rows: int) -> Array:
         return x.reshape(rows, -1).astype("float32", copy=False)
 
 
-def finite_ranges(x: Array, stream: Stream | None = None) -> tuple[Array, Array]:
-    """Minimum and maximum of each row, (N, 1).  NonFiniteError names the stream ("x" if None)."""
-    low, high = rounding.row_ranges(x)
+def finite_ranges(x: Array, rows: int, stream: Stream | None = None) -> tuple[Array, Array]:
+    """Minimum and maximum of each of x's rows, (rows, 1).  NonFiniteError names the stream or "x"."""
+    low, high = rounding.row_ranges(x, rows)
     stream = stream or Streams(0).stream("x")
     stream.require_finite((array_module(x).isfinite(low) & array_module(x).isfinite(high)).all())
     return low, high
@@ -56,10 +56,10 @@ class Grid:
     scale: Array
     zero: Array
 
-    def codes(self, h: Array, bins: int) -> Array:
-        """uint8 (N, D) from noise h of any shape with as many elements."""
+    def codes(self, stream: Stream, shape: tuple, bins: int) -> Array:
+        """uint8 of this shape, which has as many elements, with the stream's noise for it."""
         return rounding.affine_codes(
-            self.rows, self.low, self.inv, h.reshape(self.rows.shape), bins)
+            self.rows, self.low, self.inv, stream, shape, bins).reshape(shape)
 
     def variance(self, bins: int) -> Array:
         """scale² · p(1 − p), p the higher code's probability: exact for 16-bit noise.  float64."""

@@ -30,11 +30,8 @@ class BHQ(Quantizer):
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         mix, g = self._mixed(x, stream)
-        per_row = (len(x),) + (1,) * (x.ndim - 1)
-        codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
-        return QTensor(
-            codes.reshape(x.shape), g.scale.reshape(per_row), g.zero.reshape(per_row), mix,
-                       stream.name)
+        codes, per_row = g.codes(stream, x.shape, self.bins), (len(x),) + (1,) * (x.ndim - 1)
+        return QTensor(codes, g.scale.reshape(per_row), g.zero.reshape(per_row), mix, stream.name)
 
     def variance(self, x: Array) -> Array:
         """(T⁻¹)² · scale² p(1 − p).  float64, shape of x."""
@@ -47,11 +44,11 @@ class BHQ(Quantizer):
         return float(mix.undo_squared(g.bound()).sum())
 
     def _mixed(self, x, stream=None):
-        rows = as_rows(x, len(x))
-        low, high = finite_ranges(rows, stream)
+        low, high = finite_ranges(x, len(x), stream)
         mix = Householder(low[:, 0].astype("float64"), high[:, 0].astype("float64"))
-        mixed, exponent = mix.apply_rescaled(rows)
-        return mix, grid(mixed, *rounding.row_ranges(mixed), self.bins, exponent)
+        mixed, exponent = mix.apply_rescaled(as_rows(x, len(x)))
+        low, high = rounding.row_ranges(mixed, len(x))
+        return mix, grid(mixed, low, high, self.bins, exponent)
 
 
 def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:

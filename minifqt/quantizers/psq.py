@@ -1,5 +1,5 @@
 """Per-sample quantizer: each sample has its own range, so one large gradient coarsens no other."""
-from minifqt.backend import Array, array_module
+from minifqt.backend import Array
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import as_rows, finite_ranges, grid
 from minifqt.quantizers.base import Quantizer, register
@@ -17,10 +17,8 @@ class PSQ(Quantizer):
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         g = self._grid(x, stream)
-        per_sample = (len(x),) + (1,) * (x.ndim - 1)
-        codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
-        return QTensor(
-            codes.reshape(x.shape), g.scale.reshape(per_sample), g.zero.reshape(per_sample),
+        codes, per_sample = g.codes(stream, x.shape, self.bins), (len(x),) + (1,) * (x.ndim - 1)
+        return QTensor(codes, g.scale.reshape(per_sample), g.zero.reshape(per_sample),
                        name=stream.name)
 
     def variance(self, x: Array) -> Array:
@@ -32,5 +30,4 @@ class PSQ(Quantizer):
         return float(self._grid(x).bound().sum())
 
     def _grid(self, x, stream=None):
-        rows = as_rows(x, len(x))
-        return grid(rows, *finite_ranges(rows, stream), self.bins)
+        return grid(as_rows(x, len(x)), *finite_ranges(x, len(x), stream), self.bins)

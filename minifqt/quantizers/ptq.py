@@ -20,16 +20,13 @@ class PerTensor(Quantizer):
 
     def with_range(self, x: Array, stream: Stream) -> tuple[QTensor, Array, Array]:
         """The codes, and the minimum and maximum that they cover, (1, 1) each."""
-        row = as_rows(x, 1)
-        low, high = finite_ranges(row, stream)
-        return self._round(x, row, low, high, stream), low, high
+        low, high = finite_ranges(x, 1, stream)
+        return self._round(x, as_rows(x, 1), low, high, stream), low, high
 
     def static(self, x: Array, stream: Stream, low: Array, high: Array) -> QTensor:
         """Codes over the given range (1,), (1,); x is clipped to it first."""
-        row = as_rows(x, 1)
-        finite_ranges(row, stream)
-        low, high = low.reshape(1, 1), high.reshape(1, 1)
-        return self._round(x, array_module(x).clip(row, low, high), low, high, stream)
+        finite_ranges(x, 1, stream)
+        return self._round(x, as_rows(x, 1), low.reshape(1, 1), high.reshape(1, 1), stream)
 
 
 @register("ptq")
@@ -43,10 +40,8 @@ class PTQ(PerTensor):
 
     def _round(self, x, row, low, high, stream):
         g = grid(row, low, high, self.bins)
-        codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)
-        single = (1,) * x.ndim
-        return QTensor(codes.reshape(x.shape), g.scale.reshape(single), g.zero.reshape(single),
-                       name=stream.name)
+        codes, single = g.codes(stream, x.shape, self.bins), (1,) * x.ndim
+        return QTensor(codes, g.scale.reshape(single), g.zero.reshape(single), name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale² · p(1 − p).  float64, shape of x."""
@@ -57,8 +52,7 @@ class PTQ(PerTensor):
         return float(self._grid(x).bound().sum())
 
     def _grid(self, x):
-        row = as_rows(x, 1)
-        return grid(row, *finite_ranges(row), self.bins)
+        return grid(as_rows(x, 1), *finite_ranges(x, 1), self.bins)
 
 
 class Anchored(PerTensor):
@@ -71,16 +65,15 @@ class Anchored(PerTensor):
 
     def _round(self, x, row, low, high, stream):
         row, shift, inv, code, scale, zero = self._prepared(row, low, high)
-        h = stream.bits(x.shape, array_module(x)).reshape(row.shape)
-        codes = rounding.anchored_codes(row, h, shift, inv, code, self._limits(), self.dtype)
+        codes = rounding.anchored_codes(row, shift, inv, code, stream, x.shape, self._limits(),
+                                        self.dtype)
         single = (1,) * x.ndim
         return QTensor(codes.reshape(x.shape), scale.reshape(single), zero.reshape(single),
                        name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale² · p(1 − p), 0 for every 0.  float64, shape of x."""
-        row = as_rows(x, 1)
-        row, shift, inv, code, scale, _ = self._prepared(row, *finite_ranges(row))
+        row, shift, inv, code, scale, _ = self._prepared(as_rows(x, 1), *finite_ranges(x, 1))
         p = (reference.anchored_fixed(row, shift, inv, code, *self._limits()) & (UNIT - 1)) / UNIT
         return (scale.astype("float64") ** 2 * p * (1 - p)).reshape(x.shape)
 

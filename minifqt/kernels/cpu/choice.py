@@ -1,0 +1,83 @@
+"""Which of the CPU's instructions the integer products use: asked once, said in the log.
+
+    vnni512  vpdpbusd zmm   16 sums of 4 products u8 × s8    AVX-512 VNNI
+    vnni256  vpdpbusd ymm    8 sums of 4 products u8 × s8    AVX-VNNI, or AVX-512 VNNI with VL
+    avx2     vpmaddwd ymm    8 sums of 2 products s16 × s16  any AVX2 (vpmaddubsw would saturate)
+    numpy    nothing compiled: float32 BLAS and NumPy
+
+All give the same integers. Next: tiles.py.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+try:
+    import llvmlite.binding
+    import numba
+except ImportError as error:
+    numba, _missing = None, str(error)
+
+WORD = 4                                                  # bytes of contraction in one broadcast
+
+
+class Isa(NamedTuple):
+    """An instruction set: int32 sums in a vector, how codes are stored, features as LLVM's names."""
+
+    name: str
+    lanes: int
+    dtype: type                                           # of packed codes: int8, or int16
+    features: tuple[tuple[str, ...], ...]                 # all of one of these
+
+    @property
+    def group(self) -> int:
+        """Codes in a word: contraction terms of one instruction and sum."""
+        return WORD // np.dtype(self.dtype).itemsize
+
+
+ISAS = {isa.name: isa for isa in (
+    Isa("vnni512", 16, np.int8, (("avx512vnni", "avx512bw"),)),
+    Isa("vnni256", 8, np.int8, (("avxvnni",), ("avx512vnni", "avx512vl"))),
+    Isa("avx2", 8, np.int16, (("avx2",),)))}
+
+
+def supported() -> list[str]:
+    """Names of what this CPU has, the fastest first; "numpy", the last, is always there."""
+    features = dict(llvmlite.binding.get_host_cpu_features()) if numba else {}
+    names = [isa.name for isa in ISAS.values()
+             if any(all(features.get(f) for f in some) for some in isa.features)]
+    return [*names, "numpy"]
+
+
+def set_instructions(name: str) -> None:
+    """Use these instructions from now on; "auto": the fastest. Changes speed, never a number.
+
+    Raises ValueError for a name that is unknown or that this CPU does not have.
+    """
+    global _chosen
+    if name != "auto" and name not in supported():
+        raise ValueError(f"instructions {name!r}: this machine has {', '.join(supported())}"
+                         + (f" ({_missing})." if numba is None else "."))
+    _chosen = supported()[0] if name == "auto" else name
+
+
+def instructions() -> str:
+    """The instructions in use: vnni512, vnni256, avx2 or numpy."""
+    return _chosen
+
+
+def isa() -> Isa | None:
+    """The instruction set of integer products; None: through BLAS."""
+    return ISAS.get(_chosen)
+
+
+def describe() -> str:
+    """One line for the log: what is used, and why not more."""
+    if numba is None:
+        return f"NumPy and BLAS, for numba is not there ({_missing}): pip install numba"
+    if _chosen == "numpy":
+        return ("NumPy and BLAS, for this CPU has neither VNNI nor AVX2" if len(supported()) == 1
+                else "NumPy and BLAS, as asked; this CPU has " + ", ".join(supported()[:-1]))
+    return f"compiled kernels, integer dot products by {_chosen}"
+
+
+_chosen = supported()[0]

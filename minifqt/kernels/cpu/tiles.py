@@ -1,0 +1,167 @@
+"""One generator of integer micro-kernels, and the few instructions that NumPy's language lacks.
+
+A tile multiplies `rows` broadcast words by a vector of words and keeps all sums in registers. What
+is compiled is told by types alone (a tuple of 8 numbers means 8 rows), so that numba can keep the
+machine code in its cache on disk. Next: products.py.
+"""
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+BYTES, WORDS = ir.VectorType(ir.IntType(8), 16), ir.VectorType(I32, 16)
+
+
+@intrinsic
+def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
+    """c[rows, lanes] (+)= Σ over three nested loops of word(a) · vector(b), int32.
+
+    rows, lanes  tuples: their lengths are the tile's shape
+    like         an array of packed codes, int8 or int16: which instruction (choice.py)
+    a, b, c      addresses; a_row bytes between the rows of a; ldc int32s between rows of c
+    loops        three (count, bytes a moves, bytes b moves), the outermost first
+    accumulate   a tuple, empty to start from zero
+    """
+    M, L = rows.count, lanes.count
+    wide = ir.VectorType(I32, L)
+    short = like.dtype == types.int16
+    name = ("llvm.x86.avx2.pmadd.wd" if short else f"llvm.x86.avx512.vpdpbusd.{32 * L}")
+    add = accumulate.count > 0
+    signature = types.void(rows, lanes, like, *[types.intp] * 5, loops, accumulate)
+
+    def codegen(context, builder, signature, arguments):  # noqa: ARG001 - numba's signature
+        *_, a, a_row, b, c, ldc, loops, _ = arguments
+        number = lambda v: ir.Constant(I64, v)            # noqa: E731
+        undefined, zeros = ir.Constant(wide, ir.Undefined), ir.Constant(wide, [0] * L)
+
+        def dot(total, left, right):
+            if not short:
+                f = cgutils.get_or_insert_function(
+                    builder.module, ir.FunctionType(wide, [wide] * 3), name)
+                return builder.call(f, [total, left, right])
+            pairs = ir.VectorType(I16, 2 * L)
+            f = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(wide, [pairs] * 2), name)
+            pair = builder.call(f, [builder.bitcast(v, pairs) for v in (left, right)])
+            return builder.add(total, pair)
+
+        def place(m):
+            return builder.add(c, builder.mul(number(4 * m), ldc))
+
+        sums = [cgutils.alloca_once(builder, wide) for _ in range(M)]         # registers
+        for m in range(M):
+            builder.store(_load(builder, place(m), wide) if add else zeros, sums[m])
+
+        def nest(level, a, b):
+            if level == 3:
+                right = _load(builder, b, wide)
+                for m in range(M):
+                    word = _load(builder, builder.add(a, builder.mul(a_row, number(m))), I32)
+                    single = builder.insert_element(undefined, word, ir.Constant(I32, 0))
+                    left = builder.shuffle_vector(single, undefined, zeros)
+                    builder.store(dot(builder.load(sums[m]), left, right), sums[m])
+                return
+            count, a_step, b_step = (
+                builder.extract_value(builder.extract_value(loops, level), i) for i in range(3))
+            with cgutils.for_range(builder, count) as loop:
+                nest(level + 1, builder.add(a, builder.mul(a_step, loop.index)),
+                     builder.add(b, builder.mul(b_step, loop.index)))
+
+        nest(0, a, b)
+        for m in range(M):
+            _store(builder, builder.load(sums[m]), place(m))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def take(typingctx, counter):
+    """counter[0]++ and its old value, at once for all threads: the next task.  int64 (1,)."""
+    def codegen(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.atomic_rmw("add", array.data, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+@intrinsic
+def rint(typingctx, x):
+    """x rounded to the nearest integer, ties to even, as np.rint; unlike it, vectorized."""
+    def codegen(context, builder, signature, arguments):
+        kind = arguments[0].type
+        f = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind, [kind]),
+            f"llvm.rint.f{32 if kind == ir.FloatType() else 64}")
+        return builder.call(f, arguments)
+
+    return x(x), codegen
+
+
+@intrinsic
+def words16(typingctx, like, a, step, out):
+    """Codes of `group` pixels, `step` bytes apart, of 16 channels side by side: 16 words at `out`.
+
+    like  int8: four bytes a word; int16: two bytes, made signed
+    """
+    short = like.dtype == types.int16
+
+    def codegen(context, builder, signature, arguments):
+        _, a, step, out = arguments
+        total, bits = None, 16 if short else 8
+        for j in range(2 if short else 4):
+            pixel = builder.add(a, builder.mul(step, ir.Constant(I64, j)))
+            codes = _load(builder, pixel, BYTES)
+            wide = (builder.zext(builder.sext(codes, ir.VectorType(I16, 16)), WORDS) if short
+                    else builder.zext(codes, WORDS))
+            wide = builder.shl(wide, ir.Constant(WORDS, [bits * j] * 16))
+            total = wide if total is None else builder.or_(total, wide)
+        _store(builder, total, out)
+        return context.get_dummy_value()
+
+    return types.void(like, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def turn16(typingctx, like, a, step, out, pitch):
+    """16 pixels, `step` bytes apart, of 16 channels → 16 rows of 16 codes, `pitch` bytes apart.
+
+    A transposition in four rounds of interleaving halves.  like  int8, or int16: codes widened
+    """
+    def codegen(context, builder, signature, arguments):
+        _, a, step, out, pitch = arguments
+        number = lambda v: ir.Constant(I64, v)            # noqa: E731
+        rows = [_load(builder, builder.add(a, builder.mul(step, number(i))), BYTES)
+                for i in range(16)]
+        for _ in range(4):
+            pairs = [(rows[i], rows[i + 8]) for i in range(8)]
+            rows = [builder.shuffle_vector(one, other, ir.Constant(
+                ir.VectorType(I32, 16), [16 * (j % 2) + j // 2 + half for j in range(16)]))
+                for one, other in pairs for half in (0, 8)]
+        for c, row in enumerate(rows):
+            row = builder.zext(row, ir.VectorType(I16, 16)) if like.dtype == types.int16 else row
+            _store(builder, row, builder.add(out, builder.mul(pitch, number(c))))
+        return context.get_dummy_value()
+
+    return types.void(like, types.intp, types.intp, types.intp, types.intp), codegen
+
+
+def _load(builder, address, kind):
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = 1
+    return value
+
+
+def _store(builder, value, address):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+
+
+@intrinsic
+def steps(typingctx, fixed, noise):
+    """(int32(fixed) + noise) >> 16 as uint8, float32 and uint16: in 32 bits, which numba would widen."""
+    def codegen(context, builder, signature, arguments):
+        total = builder.add(builder.fptosi(arguments[0], I32), builder.zext(arguments[1], I32))
+        return builder.trunc(builder.ashr(total, ir.Constant(I32, 16)), ir.IntType(8))
+
+    return types.uint8(types.float32, types.uint16), codegen
