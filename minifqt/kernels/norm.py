@@ -55,7 +55,7 @@ def sums(x, pivot):
 def normalize(x: Array, mean: Array, inv_std: Array, weight: Array, bias: Array) -> Array:
     """y = weight · x̂ + bias, x̂ = (x − mean) · inv_std.  x (…, C), the rest (C,)."""
     if suits(x):
-        return Normalized(x, mean, inv_std, weight, bias).array()
+        return Normalized(x, mean, inv_std, weight, bias).form()
     if array_module(x) is not np:
         return weight * ((x - mean) * inv_std) + bias
     y = np.empty_like(x, order="C")
@@ -111,26 +111,60 @@ def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
     return dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)
 
 
-class Normalized:
-    """`normalize`, and perhaps the ReLU behind it, that is formed where it is read: compiled passes.
+class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
+    """Looks like a float32 array of x's shape, and is computed (`form`) when somebody reads it."""
 
-    x (N, …, C) float32, the rest (C,) float32
-    Whoever needs numbers calls `array`; the activation quantizer rounds without it.
-    """
-
-    def __init__(self, x, mean, inv_std, weight, bias, floor=-np.inf):
-        self.x, self.vectors, self.floor = x, (mean, inv_std, weight, bias), np.float32(floor)
+    def __init__(self, x):
         self.shape, self.ndim, self.size, self.dtype = x.shape, x.ndim, x.size, x.dtype
+        self._array = None
 
-    def rectified(self) -> "Normalized":
-        """max(this, 0)."""
-        return Normalized(self.x, *self.vectors, floor=0)
+    def __len__(self):
+        return self.shape[0]
 
     def array(self) -> np.ndarray:
+        """Its numbers, computed once."""
+        if self._array is None:
+            self._array = self.form()
+        return self._array
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.array(), dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        formed = (v.array() if isinstance(v, Lazy) else v for v in inputs)
+        return getattr(ufunc, method)(*formed, **options)
+
+    def __getattr__(self, name):                          # max, mean, transpose, …
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.array(), name)
+
+
+class Normalized(Lazy):
+    """`normalize`, and perhaps the ReLU behind it, not computed yet.
+
+    x (N, …, C) float32, the rest (C,) float32
+    The activation quantizer rounds it without forming it, and batch norm's backward is its own.
+    """
+
+    def __init__(self, x, mean, inv_std, weight, bias, floor=-np.inf, source=None):
+        super().__init__(x)
+        self.x, self.vectors, self.floor = x, (mean, inv_std, weight, bias), np.float32(floor)
+        self.source = source
+
+    def rectified(self) -> "Normalized":
+        """max(this, 0); its `source` is this."""
+        return Normalized(self.x, *self.vectors, floor=0, source=self)
+
+    def form(self) -> np.ndarray:
         """Its numbers.  (N, …, C)."""
         y = blank(self.x)
         share(passes.normalize, *self.operands(), images(y))
         return y
+
+    def astype(self, dtype, copy=True):
+        """Itself as float32, else an array."""
+        return self if dtype == self.dtype and not copy else self.array().astype(dtype)
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""

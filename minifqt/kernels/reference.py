@@ -135,8 +135,11 @@ def grid(low, high, bins):
 
 
 def fixed_point(x, low, inv):
-    """x in 1/65536 of a step above low: int32 ≤ 65536 · bins + 1 < 2²⁴, so exact in float32 too."""
-    return array_module(x).rint((x - low) * inv).astype("int32")
+    """x in 1/65536 of a step above low: int32 ≤ 65536 · bins + 1 < 2²⁴, so exact in float32 too.
+
+    Outside a range that was given from outside, x is limited: below here, above in round_codes.
+    """
+    return array_module(x).rint((x - low) * inv).clip(0, 2**24).astype("int32")
 
 
 def round_codes(fixed, h, bins):

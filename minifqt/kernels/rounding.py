@@ -20,7 +20,7 @@ def row_ranges(x: Array, rows: int) -> tuple[Array, Array]:
     """Minimum and maximum of x as a matrix of so many rows, each (rows, 1); NaN where one is."""
     known = getattr(x, "summary", None)
     if known is not None and rows in (1, len(x)):
-        low, high = known.ranges.reshape(2, rows, -1)
+        low, high = known.ranges.reshape(2, rows, -1)     # (2, N, of its parts)
         return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
     x = x.reshape(rows, -1)
     if array_module(x) is not np:

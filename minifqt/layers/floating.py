@@ -31,23 +31,32 @@ class BatchNorm2d(Layer):
 
     def forward(self, x):
         x = as_input(self, x, "(N, H, W, C)" if x.ndim == 4 else "(N, C)", self.channels)
+        mean, inv_std, weight, bias = self.scaling(x)
+        self.save(x, mean, inv_std)
+        return norm.normalize(x, mean, inv_std, weight, bias)
+
+    def scaling(self, x):
+        """mean, 1/std, weight, bias for this batch; in training the running ones move."""
         if self.training:
             mean, var = norm.statistics(x)
             self._move_running(mean, var, x.size // self.channels)
         else:
             mean, var = self.running_mean, self.running_var
         inv_std = 1 / array_module(x).sqrt(var + self.eps)
-        self.save(x, mean, inv_std)
-        return norm.normalize(x, mean, inv_std, self.weight.data, self.bias.data)
+        return mean, inv_std, self.weight.data, self.bias.data
 
     def backward(self, dy):
         x, mean, inv_std = self.saved()
         if dy.shape != x.shape:
-            raise ValueError(f"{self.name}: gradient of shape {dy.shape}; expected the shape of "
-                             f"the last output, {x.shape}.")
+            raise ValueError(self.mismatch(dy, x))
         dx, dweight, dbias = norm.backward(dy, x, mean, inv_std, self.weight.data)
         self.weight.grad, self.bias.grad = dweight, dbias
         return dx
+
+    def mismatch(self, dy, x):
+        """What to say of a gradient that does not fit."""
+        return (f"{self.name}: gradient of shape {dy.shape}; expected the shape of the last "
+                f"output, {x.shape}.")
 
     def _move_running(self, mean, var, count):
         if count < 2:

@@ -5,6 +5,7 @@ import numpy as np
 
 from minifqt.backend import Array, array_module
 from minifqt.kernels import reference, rounding
+from minifqt.kernels.norm import Normalized
 from minifqt.kernels.reference import UNIT
 from minifqt.rng import Stream, Streams
 
@@ -16,6 +17,8 @@ def as_rows(x: Array, rows: int) -> Array:
     if x.size == 0:
         raise ValueError(
             f"an array of shape {x.shape} is empty: a quantizer needs at least one number.")
+    if isinstance(x, Normalized) and rows == 1:           # rounded from what it is made of
+        return x
     with np.errstate(over="ignore"):                      # float64 beyond float32: not finite
         return x.reshape(rows, -1).astype("float32", copy=False)
 

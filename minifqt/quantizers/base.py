@@ -11,6 +11,7 @@ from numbers import Integral
 import numpy as np
 
 from minifqt.backend import Array, array_module, to_cpu
+from minifqt.kernels.norm import Lazy
 from minifqt.qtensor import QTensor
 from minifqt.rng import Stream, Streams, nearest
 
@@ -67,6 +68,7 @@ class Quantizer:
 
     name = ""
     unbiased = True                                       # E[x̂] = x under stochastic rounding
+    reads_lazily = False                                  # takes kernels.norm.Normalized as it is
 
     def __init__(self, bits: int | None):
         if not isinstance(bits, Integral) or not 2 <= bits <= 8:
@@ -194,6 +196,7 @@ class BoundActivation(Bound):
         self.training, self.eval_range, self.calibrated = True, eval_range, False
 
     def __call__(self, x: Array) -> QTensor:
+        x = x.array() if isinstance(x, Lazy) and not self.quantizer.reads_lazily else x
         if not self.has_range or (not self.training and self.eval_range == "batch"):
             return super().__call__(x)
         if self.training:

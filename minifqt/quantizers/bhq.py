@@ -6,15 +6,16 @@ nothing is larger than N × D.
 """
 import numpy as np
 
-from minifqt.backend import Array, array_module, map_blocks, segment_sum
+from minifqt.backend import Array, array_module, map_blocks, segment_sum, share
 from minifqt.kernels import rounding
+from minifqt.kernels.seen import Summary, blank, images, passes, suits
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import as_rows, finite_ranges, grid
 from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
 
-# Columns mixed at a time: 128 rows of float64 fit a core's cache.
-_COLUMNS = 1024
+# Columns mixed at a time: 128 rows of them fit a core's cache.
+_COLUMNS = 512
 
 
 @register("bhq")
@@ -120,19 +121,37 @@ class Householder:
 
     def apply(self, x: Array) -> Array:
         """T·x, (N, …), rows in mixed order, in x's dtype."""
-        return self._by_columns(
-            x, lambda part: self._reflect(part[self.order] * self.scales[:, None]))
+        return self._scaled(x, self.scales)
 
     def apply_rescaled(self, x: Array) -> tuple[Array, Array]:
         """T·x / 2^exponent and the exponent (N, 1): near 1 whatever the size of x."""
-        scales = array_module(x).ldexp(self.scales, -self.exponent)[:, None]
-        return (self._by_columns(x, lambda part: self._reflect(part[self.order] * scales)),
-                self.exponent[:, None])
+        scales = array_module(x).ldexp(self.scales, -self.exponent)
+        return self._scaled(x, scales), self.exponent[:, None]
 
     def undo(self, y: Array) -> Array:
         """T⁻¹·y = diag(1/s) · Q · y, rows back in the samples' order, in y's dtype."""
+        if suits(y):
+            return self._compiled(y, self.leads * 0 + 1.0, self.undo_scales, to_samples=True)
         return self._by_columns(
             y, lambda part: self._to_samples(self._reflect(part) * self.undo_scales[:, None]))
+
+    def _scaled(self, x, scales):
+        if suits(x):
+            return self._compiled(x, scales, self.leads * 0 + 1.0, to_samples=False)
+        return self._by_columns(x, lambda part: self._reflect(part[self.order] * scales[:, None]))
+
+    def _compiled(self, x, before, after, to_samples):
+        """The same by passes.reflect, which also finds the mixed rows' ranges."""
+        y, rows, groups = blank(x), np.arange(len(x)), self.group[-1] + 1
+        source, target = (rows, self.order) if to_samples else (self.order, rows)
+        blocks = -(-(x.size // len(x)) // _COLUMNS)
+        ranges = np.empty((2, blocks * (not to_samples), len(x)), np.float32)
+        share(passes.reflect, images(x), source, before, np.append(self.starts[:groups], len(x)),
+              self._root[:groups, 0], self._gain[:groups, 0], self._v[:, 0], target, after,
+              images(y), _COLUMNS, ranges)
+        if not to_samples:
+            y.summary = Summary(ranges.swapaxes(1, 2), None, None)
+        return y
 
     def undo_squared(self, v: Array) -> Array:
         """(T⁻¹)²·v, squared element by element, float64.

@@ -38,6 +38,8 @@ class PTQ(PerTensor):
     Source: arXiv 2010.14298, the per-tensor quantizer. Plain form: reference.psq of one row.
     """
 
+    reads_lazily = True
+
     def _round(self, x, row, low, high, stream):
         g = grid(row, low, high, self.bins)
         codes, single = g.codes(stream, x.shape, self.bins), (1,) * x.ndim

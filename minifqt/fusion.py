@@ -1,0 +1,85 @@
+"""Fusion by substitution: the same network, with fewer passes over memory and the same numbers.
+
+`fuse(net)` gives batch norms and ReLUs another class in their place; names, parameters, streams and
+every other layer stay. A fused batch norm returns a `Normalized`, which nobody has computed yet: the
+ReLU behind it notes a floor, and the next layer's activation quantizer normalises, rectifies and
+rounds in one read. Backwards the ReLU hands the batch norm a `Gated` gradient, and one pass does the
+work of both. Whoever else reads them gets plain numbers.
+"""
+import numpy as np
+
+from minifqt.kernels.norm import Lazy, Normalized
+from minifqt.kernels.seen import suits
+from minifqt.layers import BatchNorm2d, Layer, ReLU
+from minifqt.layers.base import as_input
+
+
+class FusedBatchNorm2d(BatchNorm2d):
+    """BatchNorm2d whose output is formed where it is read."""
+
+    def forward(self, x):
+        if not suits(x):                                  # float64, or NumPy alone was asked for
+            return super().forward(x)
+        x = as_input(self, x, "(N, H, W, C)" if x.ndim == 4 else "(N, C)", self.channels)
+        y = Normalized(x, *self.scaling(x))
+        self.save(y)
+        return y
+
+    def backward(self, dy):
+        y, *rest = self.saved()
+        if rest:                                          # the plain forward's
+            self.save(y, *rest)
+            return super().backward(np.asarray(dy))
+        if dy.shape != y.shape:
+            raise ValueError(self.mismatch(dy, y))
+        if isinstance(dy, Gated) and dy.gate.source is y:
+            dx, dweight, dbias = dy.gate.backward(dy.dy)
+        else:
+            dx, dweight, dbias = y.backward(np.asarray(dy))
+        self.weight.grad, self.bias.grad = dweight, dbias
+        return dx
+
+
+class FusedReLU(ReLU):
+    """ReLU that only notes itself where a batch norm comes before it."""
+
+    def forward(self, x):
+        if not isinstance(x, Normalized):
+            return super().forward(x)
+        y = x.rectified()
+        self.save(y)
+        return y
+
+    def backward(self, dy):
+        saved, = self.saved()
+        return Gated(dy, saved) if isinstance(saved, Normalized) else dy * saved
+
+
+class Gated(Lazy):
+    """dy where the rectified `gate` is above 0, else 0: formed by the batch norm's own pass."""
+
+    def __init__(self, dy, gate):
+        super().__init__(dy)
+        self.dy, self.gate = dy, gate
+
+    def form(self):
+        return self.dy * (self.gate.array() > 0)
+
+
+FUSED = {BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU}
+
+
+def fuse(net: Layer) -> Layer:
+    """The network itself, fused; where nothing is compiled it works as before.  `unfuse` undoes it."""
+    return _exchange(net, FUSED)
+
+
+def unfuse(net: Layer) -> Layer:
+    """The network itself, as it was before `fuse`."""
+    return _exchange(net, {fused: plain for plain, fused in FUSED.items()})
+
+
+def _exchange(net, classes):
+    for _, layer in net.walk():
+        layer.__class__ = classes.get(type(layer), type(layer))
+    return net
