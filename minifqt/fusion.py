@@ -8,19 +8,43 @@ work of both. Whoever else reads them gets plain numbers.
 """
 import numpy as np
 
-from minifqt.kernels.norm import Lazy, Normalized
-from minifqt.kernels.seen import suits
-from minifqt.layers import BatchNorm2d, Layer, ReLU
+from minifqt.kernels import conv, norm
+from minifqt.kernels.conv import Product
+from minifqt.kernels.norm import Normalized
+from minifqt.kernels.seen import Lazy, suits
+from minifqt.layers import BatchNorm2d, Conv2d, Layer, ReLU
 from minifqt.layers.base import as_input
 
 
-class FusedBatchNorm2d(BatchNorm2d):
-    """BatchNorm2d whose output is formed where it is read."""
+class FusedConv2d(Conv2d):
+    """Conv2d whose two images are formed where they are read.  x, dy (N, …, channels)."""
 
     def forward(self, x):
+        if self.has_bias:
+            return super().forward(x)
+        x = as_input(self, x, "(N, H, W, C)", self.in_channels)
+        qx, qw = self.q.act(x), self.q.weight(self.weight.data)
+        self.save(qx, qw)
+        return conv.fprop(qx, qw, self.stride, self.padding, lazily=True)
+
+    def backward(self, dy):
+        qx, qw = self.saved()
+        dy = dy.array() if isinstance(dy, Lazy) else dy
+        gw, gx = self.q.grad_w(dy), self.q.grad_x(dy)
+        self.weight.grad = conv.wgrad(gw, qx, self.kernel_size, self.stride, self.padding)
+        if self.has_bias:
+            self.bias.grad = norm.channel_sum(dy).astype(dy.dtype)
+        return conv.dgrad(gx, qw, qx.shape[1:3], self.stride, self.padding, lazily=True)
+
+
+class FusedBatchNorm2d(BatchNorm2d):
+    """BatchNorm2d whose output, and whose gradient, are formed where they are read."""
+
+    def forward(self, x):
+        x = as_input(self, x, "(N, H, W, C)" if x.ndim == 4 else "(N, C)", self.channels)
+        x = x.array() if isinstance(x, Lazy) else x
         if not suits(x):                                  # float64, or NumPy alone was asked for
             return super().forward(x)
-        x = as_input(self, x, "(N, H, W, C)" if x.ndim == 4 else "(N, C)", self.channels)
         y = Normalized(x, *self.scaling(x))
         self.save(y)
         return y
@@ -33,10 +57,10 @@ class FusedBatchNorm2d(BatchNorm2d):
         if dy.shape != y.shape:
             raise ValueError(self.mismatch(dy, y))
         if isinstance(dy, Gated) and dy.gate.source is y:
-            dx, dweight, dbias = dy.gate.backward(dy.dy)
-        else:
-            dx, dweight, dbias = y.backward(np.asarray(dy))
-        self.weight.grad, self.bias.grad = dweight, dbias
+            y, dy = dy.gate, dy.dy
+        if not isinstance(dy, Product):
+            dy = np.asarray(dy)
+        dx, self.weight.grad, self.bias.grad = y.backward(dy)
         return dx
 
 
@@ -45,7 +69,7 @@ class FusedReLU(ReLU):
 
     def forward(self, x):
         if not isinstance(x, Normalized):
-            return super().forward(x)
+            return super().forward(x.array() if isinstance(x, Lazy) else x)
         y = x.rectified()
         self.save(y)
         return y
@@ -59,14 +83,15 @@ class Gated(Lazy):
     """dy where the rectified `gate` is above 0, else 0: formed by the batch norm's own pass."""
 
     def __init__(self, dy, gate):
-        super().__init__(dy)
+        super().__init__(dy.shape)
         self.dy, self.gate = dy, gate
 
     def form(self):
-        return self.dy * (self.gate.array() > 0)
+        """Its numbers."""
+        return np.asarray(self.dy) * (self.gate.array() > 0)
 
 
-FUSED = {BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU}
+FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU}
 
 
 def fuse(net: Layer) -> Layer:

@@ -3,19 +3,25 @@
 Weights do not vary along their taps, images not along their pixels: a patch gathers pixels, so
 every axis but the one that survives in the result is contracted.
 """
-from minifqt.kernels.gemm import alike, require_shape, sums_of
+from minifqt.kernels.gemm import alike, products, require_shape, sums_of
 from minifqt.kernels.reference import output_size
+from minifqt.kernels.seen import Lazy, images
 from minifqt.qtensor import QTensor, require_factorable, require_unmixed
 
 
-def fprop(x: QTensor, w: QTensor, stride: int, padding: int):
-    """x (N, H, W, C), w (K, R, S, C) → (N, P, Q, K), contracts R, S, C."""
+def fprop(x: QTensor, w: QTensor, stride: int, padding: int, lazily: bool = False):
+    """x (N, H, W, C), w (K, R, S, C) → (N, P, Q, K), contracts R, S, C.
+
+    lazily  a Product if it is compiled: computed by whoever reads it
+    """
     require_unmixed("fprop", x)
     require_unmixed("fprop", w)
     require_factorable("fprop", x, (1, 2, 3))
     require_factorable("fprop", w, (1, 2, 3))
     require_shape("fprop", w, w.shape[:3] + x.shape[3:])
     output_size(x.shape[1:3], w.shape[1:3], stride, padding, x.name)
+    if lazily and sums_of(x, w) is products and products.fits(w):
+        return Product(products.fprop(x, w, stride, padding))
     return sums_of(x, w).conv_fprop(*alike(x, w), stride, padding)
 
 
@@ -30,13 +36,38 @@ def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int):
     return sums_of(g, x).conv_wgrad(*alike(g, x), kernel, stride, padding)
 
 
-def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int):
+def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int, lazily: bool = False):
     """g (N, P, Q, K), w (K, R, S, C) → (N, *size, C), contracts R, S, K; then rows unmixed."""
     require_unmixed("dgrad", w)
     require_factorable("dgrad", g, (1, 2, 3))
     require_factorable("dgrad", w, (0, 1, 2))
     out = output_size(size, w.shape[1:3], stride, padding, g.name)
     require_shape("dgrad", g, (g.shape[0], *out, w.shape[0]))
+    if lazily and sums_of(g, w) is products and products.fits(w):
+        return Product(products.dgrad(g, w, size, stride, padding))
     g, w = alike(g, w)
     dx = sums_of(g, w).conv_dgrad(g, w, size, stride, padding)
     return dx if g.mix is None else g.mix.undo(dx)
+
+
+class Product(Lazy):
+    """A compiled convolution, set up and not yet computed."""
+
+    def __init__(self, correlation):
+        super().__init__(correlation.shape)
+        self.correlation = correlation
+
+    def form(self):
+        """Its numbers, summarized."""
+        y, mix = self.correlation.form(), self.correlation.mix
+        return y if mix is None else mix.undo(y)
+
+    def plus(self, other):
+        """Its numbers plus others of the same shape, summarized."""
+        if self.correlation.mix is not None:
+            return super().plus(other)
+        return self.correlation.form(images(other))
+
+    def gated(self, x, norm, floor):
+        """Its numbers, and Σ g and Σ g · x̂ of them (passes.gradient_sums)."""
+        return self.correlation.form_gated(x, norm, floor)

@@ -5,6 +5,7 @@ from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
 from minifqt.qtensor import QTensor, as_floats, common_dtype, require_factorable, require_unmixed
 
+products = None
 if choice.numba is not None:
     from minifqt.kernels.cpu import products
 

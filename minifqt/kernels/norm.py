@@ -7,7 +7,7 @@ runs in blocks that fit a cache, with the same float operations in the same orde
 import numpy as np
 
 from minifqt.backend import Array, array_module, map_blocks, share
-from minifqt.kernels.seen import Summary, blank, images, passes, runs, suits, summary
+from minifqt.kernels.seen import Lazy, Summary, blank, images, passes, runs, suits, summary
 
 _BLOCK = 1 << 16                                          # elements
 
@@ -15,38 +15,32 @@ _BLOCK = 1 << 16                                          # elements
 def channel_sum(x: Array) -> Array:
     """Σ over all axes but the last.  (…, C) → (C,) float64."""
     if suits(x):
-        s = summary(x)
-        return s.pivot * (x.size // x.shape[-1]) + s.sums[0].sum(axis=0)
-    return sums(x, 0)[0]
+        return summary(x).sums[0].sum(axis=0)
+    return sums(x)[0]
 
 
 def statistics(x: Array) -> tuple[Array, Array]:
     """Mean and biased variance of each channel.  (…, C) → (C,), (C,) in x's dtype.
 
-    One pass around a pivot, the first pixel: as exact as two passes, for the pivot's distance from
-    the mean is at most √count standard deviations, and float64 has the digits for its square.
+    One pass suffices: float64 loses no more digits of the variance of float32 numbers than their
+    own rounding has lost, where their mean is many standard deviations.
     """
     count = x.size // x.shape[-1]
-    pivot = x.reshape(-1, x.shape[-1])[0].astype("float64")
-    if suits(x):
-        s = summary(x)
-        pivot, s1, s2 = s.pivot, *s.sums.sum(axis=1)
-    else:
-        s1, s2 = sums(x, pivot)
-    return ((pivot + s1 / count).astype(x.dtype),
+    s1, s2 = summary(x).sums.sum(axis=1) if suits(x) else sums(x)
+    return ((s1 / count).astype(x.dtype),
             array_module(x).maximum(s2 / count - (s1 / count) ** 2, 0).astype(x.dtype))
 
 
-def sums(x, pivot):
-    """Σ(x − pivot) and Σ(x − pivot)² of each channel, float64."""
+def sums(x):
+    """Σ x and Σ x² of each channel, float64."""
     C = x.shape[-1]
     if array_module(x) is not np:
-        d = (x - pivot).reshape(-1, C)
+        d = x.reshape(-1, C).astype("float64")
         return d.sum(axis=0), (d * d).sum(axis=0)
-    rows, wide = _wide(x), _tile(np.zeros(C) + pivot, x)
+    rows = _wide(x)
 
     def block(part):
-        d = rows[part] - wide                             # float64
+        d = rows[part].astype("float64")
         return np.stack([v.sum(axis=0).reshape(-1, C).sum(axis=0) for v in (d, d * d)])
 
     return sum(map_blocks(block, len(rows), _rows(rows)))
@@ -80,7 +74,8 @@ def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
     """
     xp, C, count = array_module(dy), dy.shape[-1], dy.size // dy.shape[-1]
     if suits(dy) and suits(x):
-        return Normalized(x, mean, inv_std, weight, 0 * weight).backward(dy)
+        dx, dweight, dbias = Normalized(x, mean, inv_std, weight, 0 * weight).backward(dy)
+        return dx.form(), dweight, dbias
     if xp is not np:
         normal = (x - mean) * inv_std
         dbias, dweight = (v.reshape(-1, C).sum(axis=0, dtype="float64") for v in (dy, dy * normal))
@@ -111,35 +106,6 @@ def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
     return dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)
 
 
-class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
-    """Looks like a float32 array of x's shape, and is computed (`form`) when somebody reads it."""
-
-    def __init__(self, x):
-        self.shape, self.ndim, self.size, self.dtype = x.shape, x.ndim, x.size, x.dtype
-        self._array = None
-
-    def __len__(self):
-        return self.shape[0]
-
-    def array(self) -> np.ndarray:
-        """Its numbers, computed once."""
-        if self._array is None:
-            self._array = self.form()
-        return self._array
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(self.array(), dtype, copy=copy)
-
-    def __array_ufunc__(self, ufunc, method, *inputs, **options):
-        formed = (v.array() if isinstance(v, Lazy) else v for v in inputs)
-        return getattr(ufunc, method)(*formed, **options)
-
-    def __getattr__(self, name):                          # max, mean, transpose, …
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.array(), name)
-
-
 class Normalized(Lazy):
     """`normalize`, and perhaps the ReLU behind it, not computed yet.
 
@@ -148,7 +114,7 @@ class Normalized(Lazy):
     """
 
     def __init__(self, x, mean, inv_std, weight, bias, floor=-np.inf, source=None):
-        super().__init__(x)
+        super().__init__(x.shape)
         self.x, self.vectors, self.floor = x, (mean, inv_std, weight, bias), np.float32(floor)
         self.source = source
 
@@ -158,13 +124,13 @@ class Normalized(Lazy):
 
     def form(self) -> np.ndarray:
         """Its numbers.  (N, …, C)."""
-        y = blank(self.x)
+        y = blank(self.shape)
         share(passes.normalize, *self.operands(), images(y))
         return y
 
     def astype(self, dtype, copy=True):
         """Itself as float32, else an array."""
-        return self if dtype == self.dtype and not copy else self.array().astype(dtype)
+        return self if dtype == self.dtype and not copy else super().astype(dtype, copy)
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""
@@ -173,23 +139,46 @@ class Normalized(Lazy):
     @property
     def summary(self) -> Summary:
         """Its ranges, exact: rounding is monotone, so extremes of x become those of y."""
-        ranges, (mean, inv_std, weight, bias) = summary(self.x).ranges, self.vectors
-        ends = weight * ((ranges - mean) * inv_std) + bias           # (2, N, C)
-        return Summary(np.maximum(np.sort(ends, axis=0), self.floor), None, None)
+        (low, high), (mean, inv_std, weight, bias) = summary(self.x).ranges, self.vectors
+        low, high = (weight * ((end - mean) * inv_std) + bias for end in (low, high))     # (N, C)
+        ranges = np.stack([np.minimum(low, high), np.maximum(low, high)])
+        return Summary(np.maximum(ranges, self.floor), None)
 
-    def backward(self, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def backward(self, dy) -> tuple[Lazy, np.ndarray, np.ndarray]:
         """dx, dweight, dbias as above; dy counts where this is above its floor."""
-        N, C, count = len(dy), dy.shape[-1], dy.size // dy.shape[-1]
-        dy2, (x, vectors, floor) = images(dy), self.operands()
-        partial, dx, ranges = np.empty((2, N, C)), blank(dy), np.empty((2, N, C), np.float32)
-        share(passes.gradient_sums, dy2, x, vectors, floor, C, partial)
-        dbias, dweight = partial.sum(axis=1)
+        x, vectors, floor = self.operands()
+        C, count = self.shape[-1], self.size // self.shape[-1]
+        if isinstance(dy, Lazy):
+            dy, sums = dy.gated(x, vectors, floor)
+        else:
+            sums = np.empty((2, len(dy), C))
+            share(passes.gradient_sums, images(dy), x, vectors, floor, C, sums)
+        dbias, dweight = sums.sum(axis=1)
         slopes = [v.astype("float32") for v in (dbias / count, dweight / count)]
-        _, inv_std, weight, _ = self.vectors
-        share(passes.gradient, dy2, x, vectors, floor, runs(*slopes, weight * inv_std), C,
-              images(dx), ranges)
-        dx.summary = Summary(ranges, None, None)
+        dx = NormGradient(self.shape, images(dy), x, vectors, floor,
+                          runs(*slopes, self.vectors[2] * self.vectors[1]))
         return dx, dweight.astype("float32"), dbias.astype("float32")
+
+
+class NormGradient(Lazy):
+    """dx of a batch norm, not computed yet: a residual's gradient is added in the same pass."""
+
+    def __init__(self, shape, *operands):
+        super().__init__(shape)
+        self.operands = operands
+
+    def form(self):
+        """dx.  (N, …, C)."""
+        return self.plus(np.empty((0, 0), np.float32))
+
+    def plus(self, other):
+        """dx + other."""
+        N, C, dx = self.shape[0], self.shape[-1], blank(self.shape)
+        ranges = np.empty((2, N, C), np.float32)
+        share(passes.gradient, *self.operands, C, images(other) if other.size else other,
+              images(dx), ranges)
+        dx.summary = Summary(ranges, None)
+        return dx
 
 
 def _wide(x):

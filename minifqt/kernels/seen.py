@@ -1,7 +1,8 @@
-"""What was learned of an array while it was written, so that nobody reads it again to find out.
+"""Arrays that know more than numbers: what was learned while they were written, or how to write them.
 
-`Seen` is a float32 array with such a summary; sums of two are added by the compiled pass, which
-summarizes the result. Any other operation gives an array that knows nothing. Next: norm.py.
+`Seen` remembers its ranges and sums, so that nobody reads it again to find out. `Lazy` is not
+computed before somebody reads it, and who reads it may compute it on the way: rounded, added to
+something, or gated. Everybody else sees arrays. Next: norm.py.
 """
 from typing import NamedTuple
 
@@ -19,8 +20,7 @@ class Summary(NamedTuple):
     """Of an array (N, …, C): what each image and channel holds."""
 
     ranges: np.ndarray                                    # (2, N, C) lowest and highest
-    sums: np.ndarray | None                               # (2, N, C) float64 Σ(x − pivot), squared
-    pivot: np.ndarray | None                              # (C,) float64, some pixel of x
+    sums: np.ndarray | None                               # (2, N, C) float64 Σx and Σx²
 
 
 class Seen(np.ndarray):
@@ -29,17 +29,65 @@ class Seen(np.ndarray):
     summary: Summary | None = None
 
     def __add__(self, other):
-        if not (suits(self) and suits(other) and self.shape == other.shape):
-            return super().__add__(other)
-        return total(self, other)
+        return NotImplemented if isinstance(other, Lazy) else add(self, other)
 
     __radd__ = __add__
+
+
+class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
+    """Looks like a float32 array of this shape, and is computed (`form`) when somebody reads it."""
+
+    dtype = np.dtype("float32")
+
+    def __init__(self, shape):
+        self.shape, self.ndim, self.size = shape, len(shape), int(np.prod(shape))
+        self._array = None
+
+    def form(self) -> np.ndarray:
+        """Its numbers, computed now."""
+        raise TypeError(f"{type(self).__name__} defines no form().")
+
+    def plus(self, other: np.ndarray) -> np.ndarray:
+        """Its numbers plus others; a subclass may do it in one pass."""
+        return add(self.array(), other)
+
+    def array(self) -> np.ndarray:
+        """Its numbers, computed once."""
+        if self._array is None:
+            self._array = self.form()
+        return self._array
+
+    def astype(self, dtype, copy=True):
+        """An array of this dtype."""
+        return self.array().astype(dtype, copy=copy)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __add__(self, other):
+        other = other.array() if isinstance(other, Lazy) else other
+        fits = self._array is None and suits(other) and other.shape == self.shape
+        return self.plus(other) if fits else add(self.array(), other)
+
+    __radd__ = __add__
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.array(), dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        formed = (v.array() if isinstance(v, Lazy) else v for v in inputs)
+        return getattr(ufunc, method)(*formed, **options)
+
+    def __getattr__(self, name):                          # max, mean, transpose, …
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.array(), name)
 
 
 def suits(x) -> bool:
     """Whether the compiled passes take it: images of float32 on a CPU, numba there and wanted."""
     return (isinstance(x, np.ndarray) and x.dtype == np.float32 and x.ndim in (2, 4)
-            and choice.instructions() != "numpy")
+            and x.size > 0 and choice.instructions() != "numpy")
 
 
 def images(x: np.ndarray) -> np.ndarray:
@@ -52,18 +100,19 @@ def runs(*vectors: np.ndarray) -> np.ndarray:
     return np.tile(np.stack(vectors), (1, max(1, passes.RUN // len(vectors[0]))))
 
 
-def blank(x: np.ndarray) -> Seen:
-    """An array like x for a pass to write."""
-    return empty(x.shape).view(Seen)
+def blank(shape: tuple) -> Seen:
+    """An array for a pass to write."""
+    return empty(shape).view(Seen)
 
 
-def total(x: np.ndarray, y: np.ndarray) -> Seen:
-    """x + y, summarized."""
-    z, C = blank(x), x.shape[-1]
-    pivot = (x.reshape(-1, C)[0] + y.reshape(-1, C)[0]).astype("float64")
+def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x + y; compiled, it is summarized too."""
+    if not (suits(x) and suits(y) and x.shape == y.shape):
+        return np.add(np.asarray(x), y)
+    z, C = blank(x.shape), x.shape[-1]
     sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
-    share(passes.add, images(x), images(y), runs(pivot)[0], C, images(z), sums, ranges)
-    z.summary = Summary(ranges, sums, pivot)
+    share(passes.add, images(x), images(y), C, images(z), sums, ranges)
+    z.summary = Summary(ranges, sums)
     return z
 
 
@@ -73,7 +122,6 @@ def summary(x: np.ndarray) -> Summary:
     if known is not None and known.sums is not None:
         return known
     C = x.shape[-1]
-    pivot = x.reshape(-1, C)[0].astype("float64").view(np.ndarray)
     sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
-    share(passes.summarize, images(x), runs(pivot)[0], C, sums, ranges)
-    return Summary(ranges, sums, pivot)
+    share(passes.summarize, images(x), C, sums, ranges)
+    return Summary(ranges, sums)

@@ -11,7 +11,7 @@ from numbers import Integral
 import numpy as np
 
 from minifqt.backend import Array, array_module, to_cpu
-from minifqt.kernels.norm import Lazy
+from minifqt.kernels.seen import Lazy
 from minifqt.qtensor import QTensor
 from minifqt.rng import Stream, Streams, nearest
 
@@ -177,6 +177,7 @@ class Bound:
         self.stream = nearest(streams, name) if self.rounding == "nearest" else streams.stream(name)
 
     def __call__(self, x: Array) -> QTensor:
+        x = x.array() if isinstance(x, Lazy) and not self.quantizer.reads_lazily else x
         return replace(self.quantizer(x, self.stream), name=self.name)
 
     def __str__(self):
@@ -196,7 +197,6 @@ class BoundActivation(Bound):
         self.training, self.eval_range, self.calibrated = True, eval_range, False
 
     def __call__(self, x: Array) -> QTensor:
-        x = x.array() if isinstance(x, Lazy) and not self.quantizer.reads_lazily else x
         if not self.has_range or (not self.training and self.eval_range == "batch"):
             return super().__call__(x)
         if self.training:

@@ -15,7 +15,7 @@ from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
 
 # Columns mixed at a time: 128 rows of them fit a core's cache.
-_COLUMNS = 512
+_COLUMNS = 256
 
 
 @register("bhq")
@@ -142,7 +142,7 @@ class Householder:
 
     def _compiled(self, x, before, after, to_samples):
         """The same by passes.reflect, which also finds the mixed rows' ranges."""
-        y, rows, groups = blank(x), np.arange(len(x)), self.group[-1] + 1
+        y, rows, groups = blank(x.shape), np.arange(len(x)), self.group[-1] + 1
         source, target = (rows, self.order) if to_samples else (self.order, rows)
         blocks = -(-(x.size // len(x)) // _COLUMNS)
         ranges = np.empty((2, blocks * (not to_samples), len(x)), np.float32)
@@ -150,8 +150,14 @@ class Householder:
               self._root[:groups, 0], self._gain[:groups, 0], self._v[:, 0], target, after,
               images(y), _COLUMNS, ranges)
         if not to_samples:
-            y.summary = Summary(ranges.swapaxes(1, 2), None, None)
+            y.summary = Summary(ranges.swapaxes(1, 2), None)
         return y
+
+    def plan(self):
+        """starts, root, gain, v, target, after: what a kernel needs to undo T (passes.reflect)."""
+        groups = self.group[-1] + 1
+        return (np.append(self.starts[:groups], len(self.order)), self._root[:groups, 0],
+                self._gain[:groups, 0], self._v[:, 0], self.order, self.undo_scales)
 
     def undo_squared(self, v: Array) -> Array:
         """(T⁻¹)²·v, squared element by element, float64.

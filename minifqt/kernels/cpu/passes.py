@@ -145,11 +145,11 @@ def row_ranges(counter, x, low, high):
 
 
 @compiled
-def summarize_run(x, pivot, s1, s2, low, high):
-    """Adds x − pivot and its square to s1 and s2, and widens low .. high, place by place."""
+def summarize_run(x, s1, s2, low, high):
+    """Adds x and its square to s1 and s2, and widens low .. high, place by place."""
     for i in range(len(x)):
         v = x[i]
-        d = np.float64(v) - pivot[i]
+        d = np.float64(v)
         s1[i] += d
         s2[i] += d * d
         low[i] = v if v < low[i] else low[i]
@@ -158,23 +158,26 @@ def summarize_run(x, pivot, s1, s2, low, high):
 
 @compiled
 def fold(s1, s2, low, high, C, n, sums, ranges):
-    """The places of a run → channels: sums[:, n] (2, N, C), ranges[:, n] (2, N, C)."""
-    for c in range(C):
-        sums[0, n, c], sums[1, n, c] = s1[c], s2[c]
-        ranges[0, n, c], ranges[1, n, c] = low[c], high[c]
-    for i in range(C, len(s1)):
-        c = i % C
-        sums[0, n, c] += s1[i]
-        sums[1, n, c] += s2[i]
-        ranges[0, n, c] = min(ranges[0, n, c], low[i])
-        ranges[1, n, c] = max(ranges[1, n, c], high[i])
+    """The places of a run → channels: sums[:, n] (2, N, C), ranges[:, n] (2, N, C), unless empty."""
+    if sums.size:
+        for c in range(C):
+            sums[0, n, c], sums[1, n, c] = s1[c], s2[c]
+        for i in range(C, len(s1)):
+            sums[0, n, i % C] += s1[i]
+            sums[1, n, i % C] += s2[i]
+    if ranges.size:
+        for c in range(C):
+            ranges[0, n, c], ranges[1, n, c] = low[c], high[c]
+        for i in range(C, len(low)):
+            ranges[0, n, i % C] = min(ranges[0, n, i % C], low[i])
+            ranges[1, n, i % C] = max(ranges[1, n, i % C], high[i])
 
 
 @compiled
-def summarize(counter, x, pivot, C, sums, ranges):
-    """Σ (x − pivot), Σ (x − pivot)² and range of each image and channel.  x (N, D), pivot (run,)."""
+def summarize(counter, x, C, sums, ranges):
+    """Σ x, Σ x² and range of each image and channel.  x (N, D)."""
     N, D = x.shape
-    run = len(pivot)
+    run = max(1, RUN // C) * C
     s1, s2 = np.empty(run), np.empty(run)
     low, high = np.empty(run, np.float32), np.empty(run, np.float32)
     while True:
@@ -183,15 +186,15 @@ def summarize(counter, x, pivot, C, sums, ranges):
             break
         s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
         for start in range(0, D, run):
-            summarize_run(x[n, start:min(D, start + run)], pivot, s1, s2, low, high)
+            summarize_run(x[n, start:min(D, start + run)], s1, s2, low, high)
         fold(s1, s2, low, high, C, n, sums, ranges)
 
 
 @compiled
-def add(counter, a, b, pivot, C, out, sums, ranges):
+def add(counter, a, b, C, out, sums, ranges):
     """out = a + b, and what `summarize` finds in it."""
     N, D = a.shape
-    run = len(pivot)
+    run = max(1, RUN // C) * C
     s1, s2 = np.empty(run), np.empty(run)
     low, high = np.empty(run, np.float32), np.empty(run, np.float32)
     while True:
@@ -204,7 +207,7 @@ def add(counter, a, b, pivot, C, out, sums, ranges):
             left, right, total = a[n, start:stop], b[n, start:stop], out[n, start:stop]
             for i in range(len(total)):
                 total[i] = left[i] + right[i]
-            summarize_run(total, pivot, s1, s2, low, high)
+            summarize_run(total, s1, s2, low, high)
         fold(s1, s2, low, high, C, n, sums, ranges)
 
 
@@ -234,13 +237,22 @@ def normalize(counter, x, norm, floor, out):
 
 
 @compiled
+def gradient_sums_run(dy, x, norm, floor, s1, s2):
+    """s1 += g, s2 += g · x̂, place by place; g = dy where the output was above floor, else 0."""
+    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
+    for i in range(len(x)):
+        normal = (x[i] - mean[i]) * inv_std[i]
+        g = dy[i] * np.float32(weight[i] * normal + bias[i] > floor)
+        s1[i] += np.float64(g)
+        s2[i] += np.float64(g * normal)
+
+
+@compiled
 def gradient_sums(counter, dy, x, norm, floor, C, sums):
-    """Σ g and Σ g · x̂ of each image and channel, g = dy where the output was above floor, else 0."""
+    """gradient_sums_run of each image and channel.  dy, x (N, D) → sums (2, N, C)."""
     N, D = x.shape
     run = norm.shape[1]
-    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
-    s1, s2, ranges = np.empty(run), np.empty(run), np.empty((2, N, C), np.float32)
-    unused = np.zeros(run, np.float32)
+    s1, s2, unused = np.empty(run), np.empty(run), np.zeros(run, np.float32)
     while True:
         n = take(counter)
         if n >= N:
@@ -248,25 +260,21 @@ def gradient_sums(counter, dy, x, norm, floor, C, sums):
         s1[:], s2[:] = 0, 0
         for start in range(0, D, run):
             stop = min(D, start + run)
-            upstream, row = dy[n, start:stop], x[n, start:stop]
-            for i in range(len(row)):
-                normal = (row[i] - mean[i]) * inv_std[i]
-                passes = np.float32(weight[i] * normal + bias[i] > floor)
-                g = upstream[i] * passes
-                s1[i] += np.float64(g)
-                s2[i] += np.float64(g * normal)
-        fold(s1, s2, unused, unused, C, n, sums, ranges)
+            gradient_sums_run(dy[n, start:stop], x[n, start:stop], norm, floor, s1, s2)
+        fold(s1, s2, unused, unused, C, n, sums, np.empty((2, 0, C), np.float32))
 
 
 @compiled
-def gradient(counter, dy, x, norm, floor, slopes, C, dx, ranges):
-    """dx = gain · (g − mean_g − x̂ · mean_gx), and its range.  slopes (3, run): mean_g, mean_gx, gain."""
+def gradient(counter, dy, x, norm, floor, slopes, C, residual, dx, ranges):
+    """dx = gain · (g − x̂ · mean_gx − mean_g) (+ residual), and its range.
+
+    slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty
+    """
     N, D = x.shape
     run = norm.shape[1]
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     mean_g, mean_gx, gain = slopes[0], slopes[1], slopes[2]
-    low, high, sums = np.empty(run, np.float32), np.empty(run, np.float32), np.empty((2, N, C))
-    unused = np.zeros(run)
+    low, high, unused = np.empty(run, np.float32), np.empty(run, np.float32), np.zeros(run)
     while True:
         n = take(counter)
         if n >= N:
@@ -278,26 +286,61 @@ def gradient(counter, dy, x, norm, floor, slopes, C, dx, ranges):
             for i in range(len(row)):
                 normal = (row[i] - mean[i]) * inv_std[i]
                 passes = np.float32(weight[i] * normal + bias[i] > floor)
-                v = ((upstream[i] * passes - normal * mean_gx[i]) - mean_g[i]) * gain[i]
-                out[i] = v
+                out[i] = ((upstream[i] * passes - normal * mean_gx[i]) - mean_g[i]) * gain[i]
+            if residual.size:
+                other = residual[n, start:stop]
+                for i in range(len(row)):
+                    out[i] += other[i]
+            for i in range(len(row)):
+                v = out[i]
                 low[i] = v if v < low[i] else low[i]
                 high[i] = v if v > high[i] else high[i]
-        fold(unused, unused, low, high, C, n, sums, ranges)
+        fold(unused, unused, low, high, C, n, np.empty((2, 0, C)), ranges)
 
 
 # ---- block Householder ---------------------------------------------------------------------------
 
 
 @compiled
-def reflect(counter, x, source, before, starts, root, gain, v, target, after, out, columns, ranges):
-    """out[target[j]] = (y_j − v_j · c) · after_j, y_j = x[source[j]] · before_j, by group sums.
+def reflect_rows(y, root, gain, v, after, total):
+    """y_j ← (y_j − v_j · c) · after_j for the rows of one group, c = (y₁ − Σy · root) · gain.
 
-    c = (y₁ − Σy · root) · gain in each group; groups are the runs of j between `starts`
-    ranges  (2, blocks, N) of what was written, by blocks of columns; or empty, if nobody asks
+    y (n, D) float32; float64 inside, sums row by row; total (D,) is scratch
+    """
+    for i in range(len(total)):
+        total[i] = y[0, i]
+    for j in range(1, len(y)):
+        row = y[j]
+        for i in range(len(total)):
+            total[i] += row[i]
+    lead = y[0]
+    for i in range(len(total)):
+        total[i] = (lead[i] - total[i] * root) * gain
+    for j in range(len(y)):
+        row, w, factor = y[j], v[j], after[j]
+        for i in range(len(total)):
+            row[i] = (row[i] - w * total[i]) * factor
+
+
+@compiled
+def scale_one(row, factor):
+    """A group of one row: nothing to reflect."""
+    for i in range(len(row)):
+        row[i] = row[i] * factor
+
+
+@compiled
+def reflect(counter, x, source, before, starts, root, gain, v, target, after, out, columns, ranges):
+    """out[target[j]] = reflect_rows of y_j = x[source[j]] · before_j, in groups between `starts`.
+
+    y is float64 here.  ranges  (2, blocks of columns, N) of what was written; empty if nobody asks
     """
     N, D = x.shape
-    blocks = (D + columns - 1) // columns
-    total, lead, lanes = np.empty(columns), np.empty(columns), np.empty((3, 64), np.float32)
+    blocks, largest = (D + columns - 1) // columns, 1
+    for group in range(len(starts) - 1):
+        largest = max(largest, starts[group + 1] - starts[group])
+    y, total = np.empty((largest, columns)), np.empty(columns)
+    lanes = np.empty((3, 64), np.float32)
     while True:
         block = take(counter)
         if block >= blocks:
@@ -307,19 +350,17 @@ def reflect(counter, x, source, before, starts, root, gain, v, target, after, ou
             first, last = starts[group], starts[group + 1]
             total[:] = 0
             for j in range(first, last):
-                row, factor = x[source[j], left:right], before[j]
-                if j == first:
-                    for i in range(len(row)):
-                        lead[i] = row[i] * factor
+                row, scaled, factor = x[source[j], left:right], y[j - first], before[j]
                 for i in range(len(row)):
-                    total[i] += row[i] * factor
+                    scaled[i] = row[i] * factor
+                    total[i] += scaled[i]
+            lead = y[0]
             for i in range(right - left):
                 total[i] = (lead[i] - total[i] * root[group]) * gain[group]
             for j in range(first, last):
-                row, factor, w, again = x[source[j], left:right], before[j], v[j], after[j]
-                result = out[target[j], left:right]
-                for i in range(len(row)):
-                    result[i] = (row[i] * factor - w * total[i]) * again
+                result, scaled, w, factor = out[target[j], left:right], y[j - first], v[j], after[j]
+                for i in range(len(result)):
+                    result[i] = (scaled[i] - w * total[i]) * factor
                 if ranges.size:
                     ranges[0, block, target[j]], ranges[1, block, target[j]] = row_range(
                         result, lanes)

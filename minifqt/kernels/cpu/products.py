@@ -14,13 +14,22 @@ from minifqt.backend import empty, share, threads
 from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.cpu.choice import WORD
+from minifqt.kernels.cpu.passes import (
+    RUN,
+    fold,
+    gradient_sums_run,
+    reflect_rows,
+    scale_one,
+    summarize_run,
+)
 from minifqt.kernels.cpu.tiles import take, tile, turn16, words16
 from minifqt.kernels.reference import first_to_last, output_size
-from minifqt.kernels.seen import Seen
+from minifqt.kernels.seen import Seen, Summary
 
 TERMS = 2**31 // (255 * 128) - 1                          # that int32 holds: 65,792
 STRIP = 1 << 17                                           # bytes of sums or codes kept in cache
 IMAGES = 16                                               # of one task of wgrad, at most
+NOTHING = np.empty((0, 0, 0), np.float32)
 ROWS = (0,) * 8                                           # of a tile: as many sums in registers
 compiled = njit(nogil=True, cache=True)
 
@@ -56,52 +65,129 @@ def place(canvas, a, flip, top, offset, spread):
 
 
 @compiled
-def correlate_images(counter, rows, lanes, a, flip, offset, spread, taps, b, stride,
-                     y, strip, zero, b1, scale_a, scale_b):
-    """y = float32(((Σ a·b − zero · b1) · (scale_a · scale_b))) for images a (N, P', Q', C).
+def correlate_row(rows, lanes, canvas, top, stride, b, taps, sums):
+    """Integer sums of one row of pixels whose first tap row is canvas[top]: sums (pixels, K').
 
-    taps     (R, S) of the packed b: blocks of K, R, words of a filter row, block, group
+    b, packed: blocks of K, filter rows, words of a filter row, lanes, group
+    """
+    (R, _), (blocks, _, words, width, _), M = taps, b.shape, len(rows)
+    pixel = canvas.shape[2] * b.itemsize
+    pitch, padded = canvas.shape[1] * pixel, sums.shape[1]
+    for block in range(blocks):
+        for q in range(0, len(sums), M):
+            tile(rows, lanes, b, canvas.ctypes.data + top * pitch + q * stride * pixel,
+                 stride * pixel, b.ctypes.data + block * R * words * width * WORD,
+                 sums.ctypes.data + 4 * (q * padded + block * width), padded,
+                 ((1, 0, 0), (R, pitch, words * width * WORD), (words, WORD, width * WORD)), ())
+
+
+@compiled
+def scale_row(sums, K, zero, flip, ones, scale_a, scale_b, out):
+    """out (Q · K,) = float32((Σ − zero · Σb) · (scale_a · scale_b)); Σ of codes moved by flip."""
+    total, padded = sums.reshape(-1), sums.shape[1]
+    if padded != K:                                       # close the gaps
+        for q in range(len(out) // K):
+            for k in range(K):
+                total[q * K + k] = total[q * padded + k]
+    if zero == 0 and flip == 0:
+        for i in range(len(out)):
+            out[i] = total[i] * (scale_a * scale_b[i])
+    else:
+        for i in range(len(out)):
+            out[i] = ((total[i] - flip * ones[i]) - zero * ones[i]) * (scale_a * scale_b[i])
+
+
+@compiled
+def scratch(b, taps, stride, Q, M, strip):
+    """A canvas for a strip of output rows, and the sums of one row, whole tiles wide."""
+    (R, S), (blocks, _, words, width, group) = taps, b.shape
+    wide = (Q + M - 1) // M * M
+    canvas = np.empty(((strip - 1) * stride + R, (wide - 1) * stride + S, words * group // S),
+                      b.dtype)
+    return canvas, np.empty((wide, blocks * width), np.int32)
+
+
+@compiled
+def correlate_images(counter, rows, lanes, a, flip, offset, spread, taps, b, stride, strip, zero,
+                     b1, scale_a, scale_b, residual, y, sums, ranges):
+    """y (N, P, Q, K) = scaled Σ a·b (+ residual) for images a, summarized if `sums` is not empty.
+
+    taps     (R, S) of the packed b;  strip  rows of y that share a canvas
     zero     (N,) float64; b1 (P, Q · K) float64, Σ b over the taps that are present
-    scale_a  (N,), scale_b (Q · K,), float64;  y (N, P, Q, K);  strip  rows of y in one task
+    scale_a  (N,), scale_b (Q · K,), float64; residual (N, P, Q · K) float32 or empty
     """
     N, P, Q, K = y.shape
-    R, S = taps
-    blocks, _, words, width, group = b.shape
-    room, M, item = words * group // S, len(rows), b.itemsize
-    wide, padded = (Q + M - 1) // M * M, blocks * width
-    canvas = np.empty(((strip - 1) * stride + R, (wide - 1) * stride + S, room), b.dtype)
-    sums = np.empty((strip, wide * padded), np.int32)
-    pixel, pitch = room * item, canvas.shape[1] * room * item
-    strips = (P + strip - 1) // strip
+    canvas, acc = scratch(b, taps, stride, Q, len(rows), strip)
+    run = max(1, RUN // K) * K
+    s1, s2 = np.empty(run), np.empty(run)
+    low, high = np.empty(run, np.float32), np.empty(run, np.float32)
+    while True:
+        n = take(counter)
+        if n >= N:
+            break
+        s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
+        for top in range(0, P, strip):
+            place(canvas, a[n], flip, top * stride, offset, spread)
+            for p in range(top, min(P, top + strip)):
+                out = y[n, p].reshape(-1)
+                correlate_row(rows, lanes, canvas, (p - top) * stride, stride, b, taps, acc)
+                scale_row(acc, K, zero[n], flip, b1[p], scale_a[n], scale_b, out)
+                if residual.size:
+                    other = residual[n, p]
+                    for i in range(len(out)):
+                        out[i] += other[i]
+                if sums.size:
+                    for start in range(0, Q * K, run):
+                        summarize_run(out[start:start + run], s1, s2, low, high)
+        if sums.size:
+            fold(s1, s2, low, high, K, n, sums, ranges)
+
+
+@compiled
+def correlate_gated(counter, rows, lanes, a, flip, offset, spread, taps, b, stride, strip, zero,
+                    b1, scale_a, scale_b, starts, root, gain, v, target, after, x, norm, floor, y,
+                    sums):
+    """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
+
+    starts .. after  as in passes.reflect, where before and source are none
+    x, norm, floor   as in passes.gradient_sums; x (N, P, Q · K)
+    sums     (2, strips, K) of each strip of rows
+    """
+    N, P, Q, K = y.shape
+    canvas, acc = scratch(b, taps, stride, Q, len(rows), strip)
+    run, D, largest = norm.shape[1], strip * Q * K, 1
+    for group in range(len(starts) - 1):
+        largest = max(largest, starts[group + 1] - starts[group])
+    mixed, total = np.empty((largest, D), np.float32), np.empty(D)
+    s1, s2, unused = np.empty(run), np.empty(run), np.zeros(run, np.float32)
     while True:
         task = take(counter)
-        if task >= N * strips:
+        if task * strip >= P:
             break
-        n, top = task // strips, task % strips * strip
-        height = min(strip, P - top)
-        place(canvas, a[n], flip, top * stride, offset, spread)
-        for block in range(blocks):
-            for p in range(height):
-                for q in range(0, wide, M):
-                    tile(rows, lanes, b,
-                         canvas.ctypes.data + p * stride * pitch + q * stride * pixel,
-                         stride * pixel, b.ctypes.data + block * R * words * width * WORD,
-                         sums.ctypes.data + 4 * ((p * wide + q) * padded + block * width), padded,
-                         ((1, 0, 0), (R, pitch, words * width * WORD),
-                          (words, WORD, width * WORD)), ())
-        for p in range(height):
-            total, out, ones = sums[p], y[n, top + p].reshape(-1), b1[top + p]
-            if padded != K:                               # close the gaps
-                for q in range(Q):
-                    for k in range(K):
-                        total[q * K + k] = total[q * padded + k]
-            if zero[n] == 0 and flip == 0:
-                for i in range(Q * K):
-                    out[i] = total[i] * (scale_a[n] * scale_b[i])
+        top, height = task * strip, min(strip, P - task * strip)
+        s1[:], s2[:], D = 0, 0, height * Q * K
+        for group in range(len(starts) - 1):
+            first, last = starts[group], starts[group + 1]
+            for j in range(first, last):
+                place(canvas, a[j], flip, top * stride, offset, spread)
+                for p in range(height):
+                    correlate_row(rows, lanes, canvas, p * stride, stride, b, taps, acc)
+                    scale_row(acc, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
+                              mixed[j - first, p * Q * K:(p + 1) * Q * K])
+            if last - first > 1:
+                reflect_rows(mixed[:last - first, :D], root[group], gain[group], v[first:last],
+                             after[first:last], total[:D])
             else:
-                for i in range(Q * K):
-                    exact = total[i] - flip * ones[i]
-                    out[i] = (exact - zero[n] * ones[i]) * (scale_a[n] * scale_b[i])
+                scale_one(mixed[0, :D], after[first])
+            for j in range(first, last):
+                n = target[j]
+                out, source = y[n, top:top + height].reshape(-1), mixed[j - first]
+                inputs = x[n, top:top + height].reshape(-1)
+                out[:] = source[:D]
+                for start in range(0, D, run):
+                    gradient_sums_run(out[start:start + run], inputs[start:start + run], norm,
+                                      floor, s1, s2)
+        fold(s1, s2, unused, unused, K, task, sums, np.empty((2, 0, K), np.float32))
 
 
 @compiled
@@ -220,8 +306,13 @@ def conv_fprop(x, w, stride, padding):
     """x (N, H, W, C), w (K, R, S, C) → (N, P, Q, K), contracts R, S, C."""
     if not fits(w):
         return blas.conv_fprop(x, w, stride, padding)
+    return fprop(x, w, stride, padding).form()
+
+
+def fprop(x, w, stride, padding):
+    """conv_fprop, set up."""
     out = output_size(x.shape[1:3], w.shape[1:3], stride, padding)
-    return correlate(x, w.codes, w.scale, (padding, padding), 1, out, stride)
+    return Correlation(x, w.codes, w.scale, (padding, padding), 1, out, stride)
 
 
 def conv_dgrad(g, w, size, stride, padding):
@@ -231,9 +322,14 @@ def conv_dgrad(g, w, size, stride, padding):
     """
     if not fits(w):
         return blas.conv_dgrad(g, w, size, stride, padding)
+    return dgrad(g, w, size, stride, padding).form()
+
+
+def dgrad(g, w, size, stride, padding):
+    """conv_dgrad, set up."""
     R, S = w.shape[1:3]
     turned = w.codes[:, ::-1, ::-1].swapaxes(0, 3)        # (C, R, S, K)
-    return correlate(g, turned, w.scale, (R - 1 - padding, S - 1 - padding), stride, size, 1)
+    return Correlation(g, turned, w.scale, (R - 1 - padding, S - 1 - padding), stride, size, 1)
 
 
 def fits(w):
@@ -241,27 +337,55 @@ def fits(w):
     return w.codes.dtype == np.int8 and not w.zero.any() and w.codes[0].size <= TERMS >= w.codes[..., 0].size
 
 
-def correlate(a, w, scale, offset, spread, out, stride):
-    """Σ over taps and channels of w (K, R, S, C) times a (N, …, C) → (N, *out, K)."""
-    isa, (K, R, S, _), (P, Q), N = choice.isa(), w.shape, out, len(a.codes)
-    packed = pack(w, isa)
-    scale_a, zero = (np.full(N, v.reshape(-1), "float64") for v in (a.scale, a.zero))
-    scale_b = np.tile(np.full(K, scale.reshape(-1), "float64"), Q)
-    flip = np.uint8(128 if a.codes.dtype == np.int8 else 0)
-    strip = max(1, min(P, STRIP // (4 * Q * packed.shape[0] * isa.lanes)))
+class Correlation:
+    """A correlation that is set up and not yet computed: its result can be asked for in three ways.
 
-    def run(codes, flip, zero, scale_a, scale_b, b1):
-        y = empty((len(codes), P, Q, K))
-        share(correlate_images, ROWS, (0,) * isa.lanes, codes, flip, offset, spread, (R, S),
-              packed, stride, y, strip, zero, b1, scale_a, scale_b)
+    a (N, …, C) codes on a canvas at `offset`, `spread` apart; w (K, R, S, C) int8 with its scale
+    """
+
+    def __init__(self, a, w, scale, offset, spread, out, stride):
+        isa, (K, R, S, C), (P, Q), N = choice.isa(), w.shape, out, len(a.codes)
+        packed, self.shape, self.mix = pack(w, isa), (N, P, Q, K), a.mix
+        scale_a, zero = (np.full(N, v.reshape(-1), "float64") for v in (a.scale, a.zero))
+        scale_b = np.tile(np.full(K, scale.reshape(-1), "float64"), Q)
+        flip = np.uint8(128 if a.codes.dtype == np.int8 else 0)
+        self.strip = max(1, min(P, STRIP // (stride * Q * stride * C)))
+        self._shape = ROWS, (0,) * isa.lanes
+        place = offset, spread, (R, S), packed, stride
+        b1 = np.empty((P, 0))
+        if flip or zero.any():                            # one image's work: where taps are present
+            ones, one = np.ones((1, *a.shape[1:]), np.uint8), np.ones(1)
+            self._image = (ones, np.uint8(0), *place)
+            self._scales = 0 * one, b1, one, np.ones(Q * K)
+            b1 = self._formed(1, NOTHING, False).reshape(P, -1).astype("float64")    # below 2²⁴
+        self._image = (codes_of(a), flip, *place)
+        self._scales = zero, b1, scale_a, scale_b
+
+    def form(self, residual=None):
+        """The result, plus a residual (N, P, Q, K) float32 if there is one, summarized."""
+        N, P, Q, K = self.shape
+        return self._formed(N, NOTHING if residual is None else residual.reshape(N, P, Q * K), True)
+
+    def _formed(self, N, residual, summarized):
+        _, P, Q, K = self.shape
+        y = empty((N, P, Q, K)).view(Seen)
+        sums, ranges = np.empty((2, N * summarized, K)), np.empty((2, N, K), np.float32)
+        share(correlate_images, *self._shape, *self._image, self.strip, *self._scales, residual, y,
+              sums, ranges)
+        y.summary = Summary(ranges, sums) if summarized else None
         return y
 
-    b1 = np.empty((P, 0))
-    if flip or zero.any():                                # one image's work: where taps are present
-        ones, one = np.ones((1, *a.shape[1:]), np.uint8), np.ones(1)
-        b1 = run(ones, np.uint8(0), 0 * one, one, np.ones(Q * K), b1).reshape(P, -1)
-        b1 = b1.astype("float64")                         # of integers below 2²⁴
-    return run(codes_of(a), flip, zero, scale_a, scale_b, b1).view(Seen)
+    def form_gated(self, x, norm, floor):
+        """The result with its rows unmixed, and Σ g, Σ g · x̂ of it gated, (2, strips, C)."""
+        N, P, Q, K = self.shape
+        strip, y = max(1, P // 8), empty(self.shape)
+        rows = np.arange(N)
+        mix = (self.mix.plan() if self.mix is not None else
+               (np.arange(N + 1), np.ones(N), np.ones(N), np.zeros(N), rows, np.ones(N)))
+        sums = np.empty((2, -(-P // strip), K))
+        share(correlate_gated, *self._shape, *self._image, strip, *self._scales, *mix,
+              x.reshape(N, P, Q * K), norm, floor, y, sums)
+        return y, sums
 
 
 def conv_wgrad(g, x, kernel, stride, padding):
