@@ -26,8 +26,10 @@ _blas = ThreadpoolController()
 _pool: ThreadPoolExecutor | None = None
 _workers: list[Thread] = []
 _jobs: SimpleQueue = SimpleQueue()
-_LARGE = 1 << 17                                          # bytes; malloc keeps smaller ones itself
+_LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
 _shelf: dict[int, list[np.ndarray]] = {}                  # free memory by size
+_SLAB, _slab_lock = 1 << 26, Lock()
+_slab = np.empty(0, np.uint8)                             # what is left of the last large piece
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -110,21 +112,34 @@ class _Loan:
         try:
             self.memory = _shelf[size].pop()
         except (KeyError, IndexError):
-            self.memory = np.empty(size, np.uint8)
+            self.memory = _new_memory(size)
         self.__array_interface__ = self.memory.__array_interface__
 
     def __del__(self):
         _shelf.setdefault(len(self.memory), []).append(self.memory)
 
 
+def _new_memory(size):
+    """Bytes cut from large pieces, which NumPy asks the system to keep in large pages."""
+    global _slab
+    room = -(-size // 4096) * 4096
+    if room > _SLAB // 4:
+        return np.empty(size, np.uint8)
+    with _slab_lock:
+        if len(_slab) < room:
+            _slab = np.empty(_SLAB, np.uint8)
+        memory, _slab = _slab[:size], _slab[room:]
+    return memory
+
+
 def share(kernel: Callable, *arguments) -> None:
     """kernel(counter, *arguments) on every thread; each takes its tasks from the counter.
 
-    kernel   compiled, without the GIL; counter is int64 (1,), from 0
+    kernel   compiled, without the GIL; counter is int64 (2,) from 0: tasks, and seats of threads
     The caller works too, and waits only for those that have begun: a worker that wakes too late
     finds its entry closed.
     """
-    counter, helpers = np.zeros(1, np.int64), _threads - 1
+    counter, helpers = np.zeros(2, np.int64), _threads - 1
     while len(_workers) < helpers:
         _workers.append(Thread(target=_work, name="minifqt.share", daemon=True))
         _workers[-1].start()

@@ -173,10 +173,9 @@ class NormGradient(Lazy):
 
     def plus(self, other):
         """dx + other."""
-        N, C, dx = self.shape[0], self.shape[-1], blank(self.shape)
-        ranges = np.empty((2, N, C), np.float32)
-        share(passes.gradient, *self.operands, C, images(other) if other.size else other,
-              images(dx), ranges)
+        dx, ranges = blank(self.shape), np.empty((2, len(self), 1), np.float32)
+        share(passes.gradient, *self.operands, images(other) if other.size else other, images(dx),
+              ranges)
         dx.summary = Summary(ranges, None)
         return dx
 

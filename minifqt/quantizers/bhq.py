@@ -6,7 +6,15 @@ nothing is larger than N × D.
 """
 import numpy as np
 
-from minifqt.backend import Array, array_module, map_blocks, segment_sum, share
+from minifqt.backend import (
+    Array,
+    array_module,
+    empty,
+    map_blocks,
+    segment_sum,
+    share,
+    threads,
+)
 from minifqt.kernels import rounding
 from minifqt.kernels.seen import Summary, blank, images, passes, suits
 from minifqt.qtensor import QTensor
@@ -142,13 +150,14 @@ class Householder:
 
     def _compiled(self, x, before, after, to_samples):
         """The same by passes.reflect, which also finds the mixed rows' ranges."""
-        y, rows, groups = blank(x.shape), np.arange(len(x)), self.group[-1] + 1
-        source, target = (rows, self.order) if to_samples else (self.order, rows)
+        y, rows = blank(x.shape), np.arange(len(x))
+        starts, root, gain, v, order, _ = self.plan()
+        source, target = (rows, order) if to_samples else (order, rows)
         blocks = -(-(x.size // len(x)) // _COLUMNS)
         ranges = np.empty((2, blocks * (not to_samples), len(x)), np.float32)
-        share(passes.reflect, images(x), source, before, np.append(self.starts[:groups], len(x)),
-              self._root[:groups, 0], self._gain[:groups, 0], self._v[:, 0], target, after,
-              images(y), _COLUMNS, ranges)
+        scratch = empty((threads(), np.diff(starts).max() + 1, _COLUMNS), "float64")
+        share(passes.reflect, scratch, images(x), source, before, starts, root, gain, v, target,
+              after, images(y), ranges)
         if not to_samples:
             y.summary = Summary(ranges.swapaxes(1, 2), None)
         return y

@@ -8,15 +8,17 @@ by image. Float operations are those of reference.py and norm.py one by one, eac
 import numpy as np
 from numba import njit
 
-from minifqt.kernels.cpu.tiles import rint, steps, take
+from minifqt.kernels.cpu.tiles import float_of, ordered, rint, seat, steps, take
 from minifqt.rng import INCREMENTS, MULTIPLIERS
 
-RUN = 512                                                 # numbers of a run: 2 kB each vector
+RUN = 512                                                 # numbers of a run of vectors: 2 kB each
+SUMS = 128                                                # of accumulators
 CHUNK = 2048                                              # elements rounded from one buffer of noise
 BLOCKS = CHUNK // 16 + 1                                  # of Philox, 16 values each
 M0_LOW, M1_LOW = (np.uint64(v & 0xFFFFFFFF) for v in MULTIPLIERS)
 M0_HIGH, M1_HIGH = (np.uint64(v >> 32) for v in MULTIPLIERS)
 W0, W1 = (np.uint64(v) for v in INCREMENTS)
+ZERO, ONE = np.float32(0), np.float32(1)
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -24,29 +26,36 @@ compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled
+def philox_round(c0, c1, c2, c3, k0, k1):
+    """One round on four words, by 32-bit multiplications, which vectorize."""
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    a, b = c0 & low, c0 >> half
+    t = a * M0_HIGH + (a * M0_LOW >> half)
+    u = b * M0_LOW + (t & low)
+    h0, l0 = b * M0_HIGH + (t >> half) + (u >> half), u << half | (a * M0_LOW & low)
+    a, b = c2 & low, c2 >> half
+    t = a * M1_HIGH + (a * M1_LOW >> half)
+    u = b * M1_LOW + (t & low)
+    h1, l1 = b * M1_HIGH + (t >> half) + (u >> half), u << half | (a * M1_LOW & low)
+    return h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+
+
+@compiled
 def philox_blocks(key, step, first, count, state, words):
     """words[:4 · count] = blocks first .. of rng.philox; count ≤ BLOCKS.  state (4, BLOCKS).
 
-    Round by round for all blocks side by side, with 32-bit multiplications, which vectorize: twice
-    as fast as the one 64-bit multiplier of a core.
+    Round by round for all blocks side by side: faster than a core's one 64-bit multiplier.
     """
-    k0, k1, low, half = key[0], key[1], np.uint64(0xFFFFFFFF), np.uint64(32)
+    k0, k1 = key[0], key[1]
     c0, c1, c2, c3 = state[0], state[1], state[2], state[3]
     for i in range(count):
         c0[i], c1[i], c2[i], c3[i] = first + i + 1, step, 0, 0
-    for _ in range(10):
+    for _ in range(5):                                    # two rounds a turn: half the memory traffic
         for i in range(count):
-            a, b = c0[i] & low, c0[i] >> half
-            t = a * M0_HIGH + (a * M0_LOW >> half)
-            u = b * M0_LOW + (t & low)
-            h0, l0 = b * M0_HIGH + (t >> half) + (u >> half), u << half | (a * M0_LOW & low)
-            a, b = c2[i] & low, c2[i] >> half
-            t = a * M1_HIGH + (a * M1_LOW >> half)
-            u = b * M1_LOW + (t & low)
-            h1, l1 = b * M1_HIGH + (t >> half) + (u >> half), u << half | (a * M1_LOW & low)
-            c0[i], c1[i], c2[i], c3[i] = h1 ^ c1[i] ^ k0, l1, h0 ^ c3[i] ^ k1, l0
-        k0 += W0
-        k1 += W1
+            d0, d1, d2, d3 = philox_round(c0[i], c1[i], c2[i], c3[i], k0, k1)
+            c0[i], c1[i], c2[i], c3[i] = philox_round(d0, d1, d2, d3, k0 + W0, k1 + W1)
+        k0 += W0 + W0
+        k1 += W1 + W1
     for i in range(count):
         words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = c0[i], c1[i], c2[i], c3[i]
 
@@ -114,46 +123,66 @@ def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest,
 
 
 @compiled
-def row_range(row, lanes):
-    """Minimum and maximum of a row, NaN where a number is not finite.  lanes (3, 64), scratch."""
-    least, most, bad = lanes[0], lanes[1], lanes[2]
-    least[:], most[:], bad[:] = row[0], row[0], 0
-    whole = len(row) // 64 * 64
-    for start in range(0, whole, 64):
-        part = row[start:start + 64]
-        for i in range(64):
-            v = part[i]
-            least[i] = v if v < least[i] else least[i]
-            most[i] = v if v > most[i] else most[i]
-            bad[i] += v - v
-    for i in range(whole, len(row)):
-        least[0], most[0] = min(least[0], row[i]), max(most[0], row[i])
-        bad[0] += row[i] - row[i]
-    wrong = bad.sum()                                     # 0, or NaN
-    return least.min() + wrong, most.max() + wrong
+def row_range(row):
+    """Minimum and maximum of a row, NaN twice where a number is not finite.
+
+    By integers in the same order: a reduction of floats would not vectorize, for NaN's sake.
+    """
+    low = high = ordered(row[0])
+    for i in range(len(row)):
+        key = ordered(row[i])
+        low = key if key < low else low
+        high = key if key > high else high
+    if high >= 0x7F800000 or low <= -0x7F800001:          # an infinity, or NaN beyond it
+        return np.float32(np.nan), np.float32(np.nan)
+    return float_of(low), float_of(high)
 
 
 @compiled
 def row_ranges(counter, x, low, high):
     """row_range of each row of x (N, D)."""
-    lanes = np.empty((3, 64), np.float32)
     while True:
         n = take(counter)
         if n >= len(x):
             break
-        low[n], high[n] = row_range(x[n], lanes)
+        low[n], high[n] = row_range(x[n])
 
 
 @compiled
-def summarize_run(x, s1, s2, low, high):
-    """Adds x and its square to s1 and s2, and widens low .. high, place by place."""
-    for i in range(len(x)):
-        v = x[i]
-        d = np.float64(v)
-        s1[i] += d
-        s2[i] += d * d
-        low[i] = v if v < low[i] else low[i]
-        high[i] = v if v > high[i] else high[i]
+def run_of(C):
+    """Length of the accumulators for C channels."""
+    return max(1, SUMS // C) * C
+
+
+@compiled
+def summarize_run(x, run, s1, s2, low, high):
+    """Adds x and its square to s1 and s2 (run,), and widens low .. high, place by place.
+
+    Four runs at a time, or the accumulators' own loads and stores would take most of it.
+    """
+    whole = len(x) // (4 * run) * (4 * run)
+    for start in range(0, whole, 4 * run):
+        a, b = x[start:start + run], x[start + run:start + 2 * run]
+        c, d = x[start + 2 * run:start + 3 * run], x[start + 3 * run:start + 4 * run]
+        for i in range(run):
+            p, q, r, s = np.float64(a[i]), np.float64(b[i]), np.float64(c[i]), np.float64(d[i])
+            s1[i] += (p + q) + (r + s)
+            s2[i] += (p * p + q * q) + (r * r + s * s)
+        for i in range(run):
+            one, other = (a[i] if a[i] < b[i] else b[i]), (c[i] if c[i] < d[i] else d[i])
+            one = one if one < other else other
+            low[i] = one if one < low[i] else low[i]
+            one, other = (a[i] if a[i] > b[i] else b[i]), (c[i] if c[i] > d[i] else d[i])
+            one = one if one > other else other
+            high[i] = one if one > high[i] else high[i]
+    for start in range(whole, len(x), run):
+        part = x[start:start + run]
+        for i in range(len(part)):
+            v, d = part[i], np.float64(part[i])
+            s1[i] += d
+            s2[i] += d * d
+            low[i] = v if v < low[i] else low[i]
+            high[i] = v if v > high[i] else high[i]
 
 
 @compiled
@@ -177,7 +206,7 @@ def fold(s1, s2, low, high, C, n, sums, ranges):
 def summarize(counter, x, C, sums, ranges):
     """Σ x, Σ x² and range of each image and channel.  x (N, D)."""
     N, D = x.shape
-    run = max(1, RUN // C) * C
+    run = run_of(C)
     s1, s2 = np.empty(run), np.empty(run)
     low, high = np.empty(run, np.float32), np.empty(run, np.float32)
     while True:
@@ -185,8 +214,7 @@ def summarize(counter, x, C, sums, ranges):
         if n >= N:
             break
         s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
-        for start in range(0, D, run):
-            summarize_run(x[n, start:min(D, start + run)], s1, s2, low, high)
+        summarize_run(x[n], run, s1, s2, low, high)
         fold(s1, s2, low, high, C, n, sums, ranges)
 
 
@@ -194,7 +222,7 @@ def summarize(counter, x, C, sums, ranges):
 def add(counter, a, b, C, out, sums, ranges):
     """out = a + b, and what `summarize` finds in it."""
     N, D = a.shape
-    run = max(1, RUN // C) * C
+    run = run_of(C)
     s1, s2 = np.empty(run), np.empty(run)
     low, high = np.empty(run, np.float32), np.empty(run, np.float32)
     while True:
@@ -202,12 +230,12 @@ def add(counter, a, b, C, out, sums, ranges):
         if n >= N:
             break
         s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
-        for start in range(0, D, run):
-            stop = min(D, start + run)
+        for start in range(0, D, 16 * run):
+            stop = min(D, start + 16 * run)
             left, right, total = a[n, start:stop], b[n, start:stop], out[n, start:stop]
             for i in range(len(total)):
                 total[i] = left[i] + right[i]
-            summarize_run(total, s1, s2, low, high)
+            summarize_run(total, run, s1, s2, low, high)
         fold(s1, s2, low, high, C, n, sums, ranges)
 
 
@@ -237,36 +265,59 @@ def normalize(counter, x, norm, floor, out):
 
 
 @compiled
-def gradient_sums_run(dy, x, norm, floor, s1, s2):
-    """s1 += g, s2 += g · x̂, place by place; g = dy where the output was above floor, else 0."""
+def gated_run(dy, x, norm, floor, g, gx):
+    """g = dy where the output was above floor, else 0, and g · x̂."""
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     for i in range(len(x)):
         normal = (x[i] - mean[i]) * inv_std[i]
-        g = dy[i] * np.float32(weight[i] * normal + bias[i] > floor)
-        s1[i] += np.float64(g)
-        s2[i] += np.float64(g * normal)
+        g[i] = dy[i] * (ONE if weight[i] * normal + bias[i] > floor else ZERO)
+        gx[i] = g[i] * normal
+
+
+@compiled
+def sum_run(x, run, total):
+    """total[i % run] += x[i] in float64, four runs at a time."""
+    whole = len(x) // (4 * run) * (4 * run)
+    for start in range(0, whole, 4 * run):
+        a, b = x[start:start + run], x[start + run:start + 2 * run]
+        c, d = x[start + 2 * run:start + 3 * run], x[start + 3 * run:start + 4 * run]
+        for i in range(run):
+            total[i] += ((np.float64(a[i]) + np.float64(b[i]))
+                         + (np.float64(c[i]) + np.float64(d[i])))
+    for start in range(whole, len(x), run):
+        part = x[start:start + run]
+        for i in range(len(part)):
+            total[i] += part[i]
+
+
+@compiled
+def gradient_sums_rows(dy, x, norm, floor, run, g, s1, s2):
+    """s1 += g, s2 += g · x̂ for flat dy, x of whole pixels; g (2, length of norm) is scratch."""
+    for start in range(0, len(x), norm.shape[1]):
+        stop = min(len(x), start + norm.shape[1])
+        gated_run(dy[start:stop], x[start:stop], norm, floor, g[0], g[1])
+        sum_run(g[0, :stop - start], run, s1)
+        sum_run(g[1, :stop - start], run, s2)
 
 
 @compiled
 def gradient_sums(counter, dy, x, norm, floor, C, sums):
-    """gradient_sums_run of each image and channel.  dy, x (N, D) → sums (2, N, C)."""
-    N, D = x.shape
-    run = norm.shape[1]
-    s1, s2, unused = np.empty(run), np.empty(run), np.zeros(run, np.float32)
+    """gradient_sums_rows of each image.  dy, x (N, D) → sums (2, N, C)."""
+    run = run_of(C)
+    s1, s2, g = np.empty(run), np.empty(run), np.empty((2, norm.shape[1]), np.float32)
+    nothing = np.empty((2, 0, C), np.float32)
     while True:
         n = take(counter)
-        if n >= N:
+        if n >= len(x):
             break
         s1[:], s2[:] = 0, 0
-        for start in range(0, D, run):
-            stop = min(D, start + run)
-            gradient_sums_run(dy[n, start:stop], x[n, start:stop], norm, floor, s1, s2)
-        fold(s1, s2, unused, unused, C, n, sums, np.empty((2, 0, C), np.float32))
+        gradient_sums_rows(dy[n], x[n], norm, floor, run, g, s1, s2)
+        fold(s1, s2, g[0], g[1], C, n, sums, nothing)
 
 
 @compiled
-def gradient(counter, dy, x, norm, floor, slopes, C, residual, dx, ranges):
-    """dx = gain · (g − x̂ · mean_gx − mean_g) (+ residual), and its range.
+def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
+    """dx = gain · (g − x̂ · mean_gx − mean_g) (+ residual); ranges (2, N, 1), its range.
 
     slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty
     """
@@ -274,28 +325,26 @@ def gradient(counter, dy, x, norm, floor, slopes, C, residual, dx, ranges):
     run = norm.shape[1]
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     mean_g, mean_gx, gain = slopes[0], slopes[1], slopes[2]
-    low, high, unused = np.empty(run, np.float32), np.empty(run, np.float32), np.zeros(run)
     while True:
         n = take(counter)
         if n >= N:
             break
-        low[:], high[:] = np.inf, -np.inf
+        low, high = np.float32(np.inf), np.float32(-np.inf)
         for start in range(0, D, run):
             stop = min(D, start + run)
             upstream, row, out = dy[n, start:stop], x[n, start:stop], dx[n, start:stop]
             for i in range(len(row)):
                 normal = (row[i] - mean[i]) * inv_std[i]
-                passes = np.float32(weight[i] * normal + bias[i] > floor)
-                out[i] = ((upstream[i] * passes - normal * mean_gx[i]) - mean_g[i]) * gain[i]
+                g = upstream[i] * (ONE if weight[i] * normal + bias[i] > floor else ZERO)
+                out[i] = ((g - normal * mean_gx[i]) - mean_g[i]) * gain[i]
             if residual.size:
                 other = residual[n, start:stop]
                 for i in range(len(row)):
                     out[i] += other[i]
-            for i in range(len(row)):
-                v = out[i]
-                low[i] = v if v < low[i] else low[i]
-                high[i] = v if v > high[i] else high[i]
-        fold(unused, unused, low, high, C, n, np.empty((2, 0, C)), ranges)
+            least, most = row_range(out)
+            low = least if not least >= low else low      # NaN stays
+            high = most if not most <= high else high
+        ranges[0, n, 0], ranges[1, n, 0] = low, high
 
 
 # ---- block Householder ---------------------------------------------------------------------------
@@ -330,17 +379,14 @@ def scale_one(row, factor):
 
 
 @compiled
-def reflect(counter, x, source, before, starts, root, gain, v, target, after, out, columns, ranges):
+def reflect(counter, scratch, x, source, before, starts, root, gain, v, target, after, out, ranges):
     """out[target[j]] = reflect_rows of y_j = x[source[j]] · before_j, in groups between `starts`.
 
-    y is float64 here.  ranges  (2, blocks of columns, N) of what was written; empty if nobody asks
+    scratch  (threads, rows of the largest group + 1, columns of a block) float64
+    ranges   (2, blocks, N) of what was written; empty if nobody asks
     """
-    N, D = x.shape
-    blocks, largest = (D + columns - 1) // columns, 1
-    for group in range(len(starts) - 1):
-        largest = max(largest, starts[group + 1] - starts[group])
-    y, total = np.empty((largest, columns)), np.empty(columns)
-    lanes = np.empty((3, 64), np.float32)
+    (_, D), columns, me = x.shape, scratch.shape[2], seat(counter)
+    blocks, y, total = (D + columns - 1) // columns, scratch[me, 1:], scratch[me, 0]
     while True:
         block = take(counter)
         if block >= blocks:
@@ -362,5 +408,4 @@ def reflect(counter, x, source, before, starts, root, gain, v, target, after, ou
                 for i in range(len(result)):
                     result[i] = (scaled[i] - w * total[i]) * factor
                 if ranges.size:
-                    ranges[0, block, target[j]], ranges[1, block, target[j]] = row_range(
-                        result, lanes)
+                    ranges[0, block, target[j]], ranges[1, block, target[j]] = row_range(result)

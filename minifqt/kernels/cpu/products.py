@@ -15,14 +15,14 @@ from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.cpu.choice import WORD
 from minifqt.kernels.cpu.passes import (
-    RUN,
     fold,
-    gradient_sums_run,
+    gradient_sums_rows,
     reflect_rows,
+    run_of,
     scale_one,
     summarize_run,
 )
-from minifqt.kernels.cpu.tiles import take, tile, turn16, words16
+from minifqt.kernels.cpu.tiles import seat, take, tile, turn16, words16
 from minifqt.kernels.reference import first_to_last, output_size
 from minifqt.kernels.seen import Seen, Summary
 
@@ -45,20 +45,23 @@ def place(canvas, a, flip, top, offset, spread):
     """
     rows, width, room = canvas.shape
     P, Q, C = a.shape
-    canvas[:] = 0
+    flat, source = canvas.reshape(rows, width * room), a.reshape(P, Q * C)
     first = max(0, -(offset[1] // spread))
-    last = min(Q, (width - 1 - offset[1]) // spread + 1)
+    last = max(first, min(Q, (width - 1 - offset[1]) // spread + 1))
+    left, right = (offset[1] + first) * room, (offset[1] + last) * room
     for y in range(rows):
         p, rest = divmod(top + y - offset[0], spread)
-        if rest != 0 or p < 0 or p >= P or last <= first:
-            continue
-        if spread == 1 and room == C:                     # one run of bytes
-            source = a[p, first:last].reshape(-1)
-            start = (offset[1] + first) * C
-            target = canvas[y].reshape(-1)[start:start + source.size]
-            for i in range(source.size):
-                target[i] = source[i] ^ flip
+        row = flat[y]
+        if rest != 0 or p < 0 or p >= P:
+            row[:] = 0
+        elif spread == 1 and room == C:                   # one run of bytes
+            codes, target = source[p, first * C:last * C], row[left:right]
+            row[:left] = 0
+            for i in range(len(codes)):
+                target[i] = codes[i] ^ flip
+            row[right:] = 0
         else:
+            row[:] = 0
             for q in range(first, last):
                 for c in range(C):
                     canvas[y, offset[1] + spread * q, c] = a[p, q, c] ^ flip
@@ -89,36 +92,33 @@ def scale_row(sums, K, zero, flip, ones, scale_a, scale_b, out):
         for q in range(len(out) // K):
             for k in range(K):
                 total[q * K + k] = total[q * padded + k]
-    if zero == 0 and flip == 0:
+    if zero == 0 and flip == 0 and len(scale_b) == 1:     # the usual case: after a ReLU
+        scale = scale_a * scale_b[0]
         for i in range(len(out)):
-            out[i] = total[i] * (scale_a * scale_b[i])
+            out[i] = total[i] * scale
+    elif flip == 0 and len(scale_b) == 1:                 # a gradient
+        scale = scale_a * scale_b[0]
+        for i in range(len(out)):
+            out[i] = (total[i] - zero * ones[i]) * scale
     else:
         for i in range(len(out)):
-            out[i] = ((total[i] - flip * ones[i]) - zero * ones[i]) * (scale_a * scale_b[i])
+            scale = scale_a * scale_b[i % len(scale_b)]
+            exact = total[i] - flip * ones[i] if len(ones) else np.float64(total[i])
+            out[i] = (exact - zero * ones[i] if len(ones) else exact) * scale
 
 
 @compiled
-def scratch(b, taps, stride, Q, M, strip):
-    """A canvas for a strip of output rows, and the sums of one row, whole tiles wide."""
-    (R, S), (blocks, _, words, width, group) = taps, b.shape
-    wide = (Q + M - 1) // M * M
-    canvas = np.empty(((strip - 1) * stride + R, (wide - 1) * stride + S, words * group // S),
-                      b.dtype)
-    return canvas, np.empty((wide, blocks * width), np.int32)
-
-
-@compiled
-def correlate_images(counter, rows, lanes, a, flip, offset, spread, taps, b, stride, strip, zero,
-                     b1, scale_a, scale_b, residual, y, sums, ranges):
+def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spread, taps, b,
+                     stride, strip, zero, b1, scale_a, scale_b, residual, y, sums, ranges):
     """y (N, P, Q, K) = scaled Σ a·b (+ residual) for images a, summarized if `sums` is not empty.
 
+    canvases, accs  scratch of each thread: a strip of codes, integer sums of a row
     taps     (R, S) of the packed b;  strip  rows of y that share a canvas
     zero     (N,) float64; b1 (P, Q · K) float64, Σ b over the taps that are present
-    scale_a  (N,), scale_b (Q · K,), float64; residual (N, P, Q · K) float32 or empty
+    scale_a  (N,), scale_b (K or 1,), float64; residual (N, P, Q · K) float32 or empty
     """
-    N, P, Q, K = y.shape
-    canvas, acc = scratch(b, taps, stride, Q, len(rows), strip)
-    run = max(1, RUN // K) * K
+    (N, P, Q, K), me = y.shape, seat(counter)
+    canvas, acc, run = canvases[me], accs[me], run_of(K)
     s1, s2 = np.empty(run), np.empty(run)
     low, high = np.empty(run, np.float32), np.empty(run, np.float32)
     while True:
@@ -137,29 +137,26 @@ def correlate_images(counter, rows, lanes, a, flip, offset, spread, taps, b, str
                     for i in range(len(out)):
                         out[i] += other[i]
                 if sums.size:
-                    for start in range(0, Q * K, run):
-                        summarize_run(out[start:start + run], s1, s2, low, high)
+                    summarize_run(out, run, s1, s2, low, high)
         if sums.size:
             fold(s1, s2, low, high, K, n, sums, ranges)
 
 
 @compiled
-def correlate_gated(counter, rows, lanes, a, flip, offset, spread, taps, b, stride, strip, zero,
-                    b1, scale_a, scale_b, starts, root, gain, v, target, after, x, norm, floor, y,
-                    sums):
+def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip, offset, spread,
+                    taps, b, stride, strip, zero, b1, scale_a, scale_b, starts, root, gain, v,
+                    target, after, x, norm, floor, y, sums):
     """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
 
+    mixes (threads, rows of the largest group, strip · Q · K) float32, totals (threads, …) float64
     starts .. after  as in passes.reflect, where before and source are none
     x, norm, floor   as in passes.gradient_sums; x (N, P, Q · K)
     sums     (2, strips, K) of each strip of rows
     """
-    N, P, Q, K = y.shape
-    canvas, acc = scratch(b, taps, stride, Q, len(rows), strip)
-    run, D, largest = norm.shape[1], strip * Q * K, 1
-    for group in range(len(starts) - 1):
-        largest = max(largest, starts[group + 1] - starts[group])
-    mixed, total = np.empty((largest, D), np.float32), np.empty(D)
-    s1, s2, unused = np.empty(run), np.empty(run), np.zeros(run, np.float32)
+    (N, P, Q, K), me = y.shape, seat(counter)
+    canvas, acc, mixed, total, run = canvases[me], accs[me], mixes[me], totals[me], run_of(K)
+    s1, s2, g = np.empty(run), np.empty(run), np.empty((2, norm.shape[1]), np.float32)
+    nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
     while True:
         task = take(counter)
         if task * strip >= P:
@@ -181,39 +178,31 @@ def correlate_gated(counter, rows, lanes, a, flip, offset, spread, taps, b, stri
                 scale_one(mixed[0, :D], after[first])
             for j in range(first, last):
                 n = target[j]
-                out, source = y[n, top:top + height].reshape(-1), mixed[j - first]
-                inputs = x[n, top:top + height].reshape(-1)
-                out[:] = source[:D]
-                for start in range(0, D, run):
-                    gradient_sums_run(out[start:start + run], inputs[start:start + run], norm,
-                                      floor, s1, s2)
-        fold(s1, s2, unused, unused, K, task, sums, np.empty((2, 0, K), np.float32))
+                out, source, inputs = flat_y[n], mixed[j - first, :D], flat_x[n]
+                at = top * Q * K
+                out[at:at + D] = source
+                gradient_sums_rows(source, inputs[at:at + D], norm, floor, run, g, s1, s2)
+        fold(s1, s2, g[0], g[1], K, task, sums, nothing)
 
 
 @compiled
-def wgrad_images(counter, slot, rows, lanes, g, flip_g, x, flip_x, offset, stride, taps,
-                 like, images, strip, total, x1, g1):
-    """Adds Σ g·x over images and pixels to one thread's total[slot], Σ x to x1[slot], Σ g to g1.
+def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows, lanes, g, flip_g,
+                 x, flip_x, offset, stride, taps, strip, total, x1, g1):
+    """Adds Σ g·x over images and pixels to a thread's total, Σ x to its x1, Σ g to its g1.
 
     g (N, P, Q, K), x (N, H, W, C), moved to the signed and to the unsigned side by their flips
-    total  (threads, R, S, C', K'), x1 (threads, R, S, C), int64; C', K' are multiples of a tile
+    canvases .. seens  scratch of each thread, shapes in `wgrad_scratch`
+    total  (threads, R, S, C', K'), x1 (threads, R, S, C), int64; C', K' are multiples of 16
     g1     (threads, P, Q, K) int64, Σ over images of g moved to 0..255; empty if not needed
     """
-    N, P, Q, K = g.shape
-    C, (R, S), M = x.shape[3], taps, len(rows)
-    room, width = total.shape[3], len(lanes)
-    padded, group = total.shape[4], WORD // like.itemsize
-    quads = (Q + group - 1) // group
-    # x as rows of channels, one for each phase of the stride; g as words of `group` pixels for each
-    # k. A tap moves x by a pixel, that is by the size of a code.
-    pitch = (quads * group + (S - 1) // stride + 15) // 16 * 16
-    tall, row = (strip - 1) * stride + R, pitch * like.itemsize
-    image, places = (np.empty((tall, pitch * stride, room), np.uint8),
-                     np.empty((strip, quads * group, padded), np.uint8))
-    left = np.empty((images, tall, stride, room, pitch), like.dtype)
-    right = np.empty((images, strip, quads, padded), np.uint32)
-    sums, seen = np.zeros((R, S, room, padded), np.int32), np.zeros(image.shape, np.uint16)
-    strips, me = (P + strip - 1) // strip, take(slot)
+    (N, P, Q, _), (R, S), me = g.shape, taps, seat(counter)
+    image, spots, left, right = canvases[me], places[me], lefts[me], rights[me]
+    sums, seen, mine = partials[me], seens[me], total[me].reshape(-1)
+    images, tall, _, room, pitch = left.shape
+    quads, padded, item = right.shape[2], right.shape[3], left.itemsize
+    group, width, line = WORD // item, len(lanes), pitch * left.itemsize
+    strips, flat = (P + strip - 1) // strip, sums.reshape(-1)
+    sums[:], seen[:] = 0, 0
     while True:
         task = take(counter)
         if task >= (N + images - 1) // images * strips:
@@ -221,40 +210,39 @@ def wgrad_images(counter, slot, rows, lanes, g, flip_g, x, flip_x, offset, strid
         start, top = task // strips * images, task % strips * strip
         height, count = min(strip, P - top), min(images, N - start)
         for n in range(count):
+            # x as rows of channels, one for each phase of the stride; g as words of a few pixels
             place(image, x[start + n], flip_x, top * stride, offset, 1)
             add_codes(image, 0, seen)
             for y in range(tall):
                 for phase in range(stride):
                     for q in range(0, pitch, 16):
+                        a = image.ctypes.data + (y * image.shape[1] + q * stride + phase) * room
+                        b = left[n, y, phase].ctypes.data + q * item
                         for c in range(0, room, 16):
-                            turn16(like, image[y, q * stride + phase:, c:].ctypes.data,
-                                   stride * room, left[n, y, phase, c:, q:].ctypes.data, row)
+                            turn16(left, a + c, stride * room, b + c * line, line)
             if g1.size:
                 add_codes(g[start + n, top:top + height], 128 ^ flip_g, g1[me, top:top + height])
-            place(places, g[start + n], flip_g, top, (0, 0), 1)
+            place(spots, g[start + n], flip_g, top, (0, 0), 1)
             for p in range(height):
                 for quad in range(quads):
+                    a = spots[p].ctypes.data + quad * group * padded
+                    b = right[n, p, quad].ctypes.data
                     for k in range(0, padded, 16):
-                        words16(like, places[p, quad * group:, k:].ctypes.data, padded,
-                                right[n, p, quad, k:].ctypes.data)
+                        words16(left, a + k, padded, b + k * WORD)
         for r in range(R):
-            for s in range(S):
-                phase, shift = s % stride, s // stride * like.itemsize
-                for block in range(0, padded, width):
-                    for c in range(0, room, M):
-                        tile(rows, lanes, like,
-                             left.ctypes.data + ((r * stride + phase) * room + c) * row + shift,
-                             row, right.ctypes.data + block * WORD,
-                             sums.ctypes.data + 4 * (((r * S + s) * room + c) * padded + block),
-                             padded, ((count, tall * stride * room * row, strip * quads * padded * WORD),
-                                      (height, stride * stride * room * row, quads * padded * WORD),
-                                      (quads, WORD, padded * WORD)), (0,))
+            for s in range(S):                            # a tap moves x by the size of a code
+                a = left.ctypes.data + (r * stride + s % stride) * room * line + s // stride * item
+                for k in range(0, padded, width):
+                    for c in range(0, room, len(rows)):
+                        tile(rows, lanes, left, a + c * line, line, right.ctypes.data + k * WORD,
+                             sums[r, s, c].ctypes.data + k * 4, padded,
+                             ((count, tall * stride * room * line, strip * quads * padded * WORD),
+                              (height, stride * stride * room * line, quads * padded * WORD),
+                              (quads, WORD, padded * WORD)), (0,))
         add_taps(seen, x1[me], stride, height, Q)
-        target, source = total[me].reshape(-1), sums.reshape(-1)
-        for i in range(source.size):                      # int32 holds the sums of one task
-            target[i] += source[i]
-        sums[:] = 0
-        seen[:] = 0
+        for i in range(len(flat)):                        # int32 holds the sums of one task
+            mine[i] += flat[i]
+        sums[:], seen[:] = 0, 0
 
 
 @compiled
@@ -347,16 +335,16 @@ class Correlation:
         isa, (K, R, S, C), (P, Q), N = choice.isa(), w.shape, out, len(a.codes)
         packed, self.shape, self.mix = pack(w, isa), (N, P, Q, K), a.mix
         scale_a, zero = (np.full(N, v.reshape(-1), "float64") for v in (a.scale, a.zero))
-        scale_b = np.tile(np.full(K, scale.reshape(-1), "float64"), Q)
+        scale_b = scale.reshape(-1).astype("float64")
         flip = np.uint8(128 if a.codes.dtype == np.int8 else 0)
         self.strip = max(1, min(P, STRIP // (stride * Q * stride * C)))
-        self._shape = ROWS, (0,) * isa.lanes
-        place = offset, spread, (R, S), packed, stride
+        self._shape, self._packed, self._stride = (ROWS, (0,) * isa.lanes), packed, stride
+        self._taps, place = (R, S), (offset, spread, (R, S), packed, stride)
         b1 = np.empty((P, 0))
         if flip or zero.any():                            # one image's work: where taps are present
             ones, one = np.ones((1, *a.shape[1:]), np.uint8), np.ones(1)
             self._image = (ones, np.uint8(0), *place)
-            self._scales = 0 * one, b1, one, np.ones(Q * K)
+            self._scales = 0 * one, b1, one, one
             b1 = self._formed(1, NOTHING, False).reshape(P, -1).astype("float64")    # below 2²⁴
         self._image = (codes_of(a), flip, *place)
         self._scales = zero, b1, scale_a, scale_b
@@ -370,8 +358,8 @@ class Correlation:
         _, P, Q, K = self.shape
         y = empty((N, P, Q, K)).view(Seen)
         sums, ranges = np.empty((2, N * summarized, K)), np.empty((2, N, K), np.float32)
-        share(correlate_images, *self._shape, *self._image, self.strip, *self._scales, residual, y,
-              sums, ranges)
+        share(correlate_images, *self._scratch(self.strip), *self._shape, *self._image, self.strip,
+              *self._scales, residual, y, sums, ranges)
         y.summary = Summary(ranges, sums) if summarized else None
         return y
 
@@ -382,27 +370,35 @@ class Correlation:
         rows = np.arange(N)
         mix = (self.mix.plan() if self.mix is not None else
                (np.arange(N + 1), np.ones(N), np.ones(N), np.zeros(N), rows, np.ones(N)))
+        mixes = empty((threads(), np.diff(mix[0]).max(), strip * Q * K))
+        totals = empty((threads(), strip * Q * K), "float64")
         sums = np.empty((2, -(-P // strip), K))
-        share(correlate_gated, *self._shape, *self._image, strip, *self._scales, *mix,
-              x.reshape(N, P, Q * K), norm, floor, y, sums)
+        share(correlate_gated, *self._scratch(strip), mixes, totals, *self._shape, *self._image,
+              strip, *self._scales, *mix, x, norm, floor, y, sums)
         return y, sums
+
+    def _scratch(self, strip):
+        """For each thread a canvas under a strip of rows, and a row of sums, whole tiles wide."""
+        (_, _, Q, _), (blocks, R, words, lanes, group) = self.shape, self._packed.shape
+        wide, S = -(-Q // len(ROWS)) * len(ROWS), self._taps[1]
+        canvas = ((strip - 1) * self._stride + R, (wide - 1) * self._stride + S, words * group // S)
+        return (empty((threads(), *canvas), self._packed.dtype),
+                empty((threads(), wide, blocks * lanes), "int32"))
 
 
 def conv_wgrad(g, x, kernel, stride, padding):
     """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q."""
     isa, (N, P, Q, K), (_, H, W, C), (R, S) = choice.isa(), g.shape, x.shape, kernel
-    padded, room = (-(-count // 16) * 16 for count in (K, C))
-    strip = max(1, min(P, STRIP // (Q * max(C, K))))
-    images = max(1, min(IMAGES, TERMS // (strip * Q), STRIP // (strip * Q * max(C, K))))
     flip_g, flip_x = (np.uint8(128 if t.codes.dtype == moved else 0)
                       for t, moved in ((g, np.uint8), (x, np.int8)))
-    total = np.zeros((threads(), R, S, room, padded), np.int64)
+    strip = max(1, min(P, STRIP // (Q * max(C, K))))
+    scratch = wgrad_scratch(isa, (P, Q, K), C, kernel, stride, strip)
+    total = np.zeros((threads(), *scratch[4].shape[1:]), np.int64)
     x1 = np.zeros((threads(), R, S, C), np.int64)
     needs_g1 = bool(flip_x or x.zero.any())
     g1 = np.zeros((threads() * needs_g1, P, Q, K), np.int64)
-    share(wgrad_images, np.zeros(1, np.int64), ROWS, (0,) * isa.lanes, codes_of(g), flip_g,
-          codes_of(x), flip_x, (padding, padding), stride, (R, S), np.empty(0, isa.dtype), images,
-          strip, total, x1, g1)
+    share(wgrad_images, *scratch, ROWS, (0,) * isa.lanes, codes_of(g), flip_g, codes_of(x), flip_x,
+          (padding, padding), stride, kernel, strip, total, x1, g1)
     total, x1 = total.sum(axis=0)[..., :C, :K].transpose(3, 0, 1, 2), x1.sum(axis=0)
     present = [[blas.inside(length, side, tap - padding, stride) for tap in range(taps)]
                for length, side, taps in ((P, H, R), (Q, W, S))]
@@ -414,6 +410,20 @@ def conv_wgrad(g, x, kernel, stride, padding):
             a1[:, r, s, 0] = g1[top:bottom, left:right].sum(axis=(0, 1))
     terms = blas.Terms(g, x, turn_a=first_to_last, centres=(int(flip_g), -int(flip_x)))
     return terms.finish(total, x1, a1, n)
+
+
+def wgrad_scratch(isa, out, C, kernel, stride, strip):
+    """What a thread of wgrad_images needs for so many images that they fit a cache."""
+    (_, Q, K), (R, S), T = out, kernel, threads()
+    padded, room = (-(-count // 16) * 16 for count in (K, C))
+    images = max(1, min(IMAGES, TERMS // (strip * Q), STRIP // (strip * Q * max(C, K))))
+    quads = -(-Q // isa.group)
+    pitch = -(-(quads * isa.group + (S - 1) // stride) // 16) * 16
+    tall, wide = (strip - 1) * stride + R, pitch * stride
+    return (empty((T, tall, wide, room), "uint8"), empty((T, strip, quads * isa.group, padded), "uint8"),
+            empty((T, images, tall, stride, room, pitch), isa.dtype),
+            empty((T, images, strip, quads, padded), "uint32"),
+            empty((T, R, S, room, padded), "int32"), empty((T, tall, wide, room), "uint16"))
 
 
 def matmul(a, b):

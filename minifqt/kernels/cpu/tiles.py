@@ -78,12 +78,23 @@ def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
 
 @intrinsic
 def take(typingctx, counter):
-    """counter[0]++ and its old value, at once for all threads: the next task.  int64 (1,)."""
+    """counter[0]++ and its old value, at once for all threads: the next task.  int64 (2,)."""
+    return types.int64(counter), _increment(0)
+
+
+@intrinsic
+def seat(typingctx, counter):
+    """counter[1]++ and its old value: which of the threads this is, for scratch of its own."""
+    return types.int64(counter), _increment(1)
+
+
+def _increment(index):
     def codegen(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(I64, 1), "monotonic")
+        cell = builder.gep(array.data, [ir.Constant(I64, index)])
+        return builder.atomic_rmw("add", cell, ir.Constant(I64, 1), "monotonic")
 
-    return types.int64(counter), codegen
+    return codegen
 
 
 @intrinsic
@@ -165,3 +176,25 @@ def steps(typingctx, fixed, noise):
         return builder.trunc(builder.ashr(total, ir.Constant(I32, 16)), ir.IntType(8))
 
     return types.uint8(types.float32, types.uint16), codegen
+
+
+@intrinsic
+def ordered(typingctx, x):
+    """An int32 that grows with the float32 x; its magnitude bits are largest where x is not finite."""
+    def codegen(context, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], I32)
+        negative = builder.ashr(bits, ir.Constant(I32, 31))
+        return builder.xor(bits, builder.and_(negative, ir.Constant(I32, 0x7FFFFFFF)))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def float_of(typingctx, key):
+    """The float32 whose `ordered` is key."""
+    def codegen(context, builder, signature, arguments):
+        negative = builder.ashr(arguments[0], ir.Constant(I32, 31))
+        bits = builder.xor(arguments[0], builder.and_(negative, ir.Constant(I32, 0x7FFFFFFF)))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int32), codegen
