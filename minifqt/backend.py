@@ -8,9 +8,8 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from queue import SimpleQueue
-from threading import Lock, Thread
-from typing import Any, NamedTuple, TypeAlias
+from threading import Lock
+from typing import Any, TypeAlias
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -24,8 +23,6 @@ Array: TypeAlias = Any                                    # numpy.ndarray or cup
 
 _blas = ThreadpoolController()
 _pool: ThreadPoolExecutor | None = None
-_workers: list[Thread] = []
-_jobs: SimpleQueue = SimpleQueue()
 _LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
 _shelf: dict[int, list[np.ndarray]] = {}                  # free memory by size
 _SLAB, _slab_lock = 1 << 26, Lock()
@@ -130,51 +127,6 @@ def _new_memory(size):
             _slab = np.empty(_SLAB, np.uint8)
         memory, _slab = _slab[:size], _slab[room:]
     return memory
-
-
-def share(kernel: Callable, *arguments) -> None:
-    """kernel(counter, *arguments) on every thread; each takes its tasks from the counter.
-
-    kernel   compiled, without the GIL; counter is int64 (2,) from 0: tasks, and seats of threads
-    The caller works too, and waits only for those that have begun: a worker that wakes too late
-    finds its entry closed.
-    """
-    counter, helpers = np.zeros(2, np.int64), _threads - 1
-    while len(_workers) < helpers:
-        _workers.append(Thread(target=_work, name="minifqt.share", daemon=True))
-        _workers[-1].start()
-    jobs = [_Job(Lock(), Lock(), kernel, (counter, *arguments), []) for _ in range(helpers)]
-    for job in jobs:
-        job.finished.acquire()
-        _jobs.put(job)
-    kernel(counter, *arguments)
-    for job in jobs:
-        if not job.entry.acquire(blocking=False):         # it has begun
-            job.finished.acquire()
-            for error in job.errors:
-                raise error
-
-
-class _Job(NamedTuple):
-    """One thread's part of a `share`."""
-
-    entry: Any                                            # a lock: held once begun, or closed
-    finished: Any                                         # a lock: released at the end
-    kernel: Callable
-    arguments: tuple
-    errors: list
-
-
-def _work():
-    while True:
-        job = _jobs.get()
-        if job.entry.acquire(blocking=False):
-            try:
-                job.kernel(*job.arguments)
-            except BaseException as error:  # noqa: BLE001 - raised by the caller
-                job.errors.append(error)
-            job.finished.release()
-        del job                                           # its arrays are not kept alive
 
 
 def one_blas_thread():

@@ -6,8 +6,8 @@ runs in blocks that fit a cache, with the same float operations in the same orde
 """
 import numpy as np
 
-from minifqt.backend import Array, array_module, map_blocks, share
-from minifqt.kernels.seen import Lazy, Summary, blank, images, passes, runs, suits, summary
+from minifqt.backend import Array, array_module, map_blocks
+from minifqt.kernels.seen import Lazy, Summary, blank, images, passes, runs, share, suits, summary
 
 _BLOCK = 1 << 16                                          # elements
 

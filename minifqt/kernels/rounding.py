@@ -5,12 +5,12 @@ whole arrays, no sync.
 """
 import numpy as np
 
-from minifqt.backend import Array, array_module, empty, map_blocks, share
+from minifqt.backend import Array, array_module, empty, map_blocks
 from minifqt.kernels import reference
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.norm import Normalized
 from minifqt.kernels.reference import UNIT
-from minifqt.kernels.seen import passes, suits
+from minifqt.kernels.seen import passes, share, suits
 from minifqt.rng import Stream
 
 _BLOCK = 1 << 16                                          # float32s, 256 kB: in a core's L2 cache

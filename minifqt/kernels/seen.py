@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minifqt.backend import empty, share
+from minifqt.backend import empty
 from minifqt.kernels.cpu import choice
 
-passes = None
+passes = share = None
 if choice.numba is not None:
     from minifqt.kernels.cpu import passes
+    from minifqt.kernels.cpu.team import share
 
 
 class Summary(NamedTuple):

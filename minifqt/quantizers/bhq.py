@@ -12,11 +12,10 @@ from minifqt.backend import (
     empty,
     map_blocks,
     segment_sum,
-    share,
     threads,
 )
 from minifqt.kernels import rounding
-from minifqt.kernels.seen import Summary, blank, images, passes, suits
+from minifqt.kernels.seen import Summary, blank, images, passes, share, suits
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import as_rows, finite_ranges, grid
 from minifqt.quantizers.base import Quantizer, register

@@ -8,7 +8,8 @@ by image. Float operations are those of reference.py and norm.py one by one, eac
 import numpy as np
 from numba import njit
 
-from minifqt.kernels.cpu.tiles import float_of, ordered, rint, seat, steps, take
+from minifqt.kernels.cpu.team import leave, seat, take
+from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
 from minifqt.rng import INCREMENTS, MULTIPLIERS
 
 RUN = 512                                                 # numbers of a run of vectors: 2 kB each
@@ -85,6 +86,9 @@ def round_run(x, noise, shift, inv, code, lowest, highest, out):
 @compiled
 def round_rows(counter, x, shift, inv, code, lowest, highest, key, step, constant, out):
     """Codes of x (N, D) with one shift, inv and code a row; noise of flat elements."""
+    me = seat(counter)
+    if me < 0:
+        return
     N, D = x.shape
     parts = (D + CHUNK - 1) // CHUNK
     state, words = np.empty((4, BLOCKS), np.uint64), np.empty(4 * BLOCKS, np.uint64)
@@ -97,12 +101,16 @@ def round_rows(counter, x, shift, inv, code, lowest, highest, key, step, constan
         noise = noise_of(key, step, n * D + start, stop - start, constant, state, words)
         round_run(x[n, start:stop], noise, shift[n], inv[n], code[n], lowest, highest,
                   out[n, start:stop])
+    leave(counter)
 
 
 @compiled
 def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest, key, step,
                      constant, out):
     """round_rows of max(normalize_run(x), floor), all rows with the same shift, inv and code."""
+    me = seat(counter)
+    if me < 0:
+        return
     N, D = x.shape
     run = norm.shape[1]
     y, state = np.empty(run, np.float32), np.empty((4, BLOCKS), np.uint64)
@@ -117,6 +125,7 @@ def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest,
             noise = noise_of(key, step, n * D + start, stop - start, constant, state, words)
             round_run(y[:stop - start], noise, shift, inv, code, lowest, highest,
                       out[n, start:stop])
+    leave(counter)
 
 
 # ---- ranges and sums -----------------------------------------------------------------------------
@@ -141,11 +150,15 @@ def row_range(row):
 @compiled
 def row_ranges(counter, x, low, high):
     """row_range of each row of x (N, D)."""
+    me = seat(counter)
+    if me < 0:
+        return
     while True:
         n = take(counter)
         if n >= len(x):
             break
         low[n], high[n] = row_range(x[n])
+    leave(counter)
 
 
 @compiled
@@ -205,6 +218,9 @@ def fold(s1, s2, low, high, C, n, sums, ranges):
 @compiled
 def summarize(counter, x, C, sums, ranges):
     """Σ x, Σ x² and range of each image and channel.  x (N, D)."""
+    me = seat(counter)
+    if me < 0:
+        return
     N, D = x.shape
     run = run_of(C)
     s1, s2 = np.empty(run), np.empty(run)
@@ -216,11 +232,15 @@ def summarize(counter, x, C, sums, ranges):
         s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
         summarize_run(x[n], run, s1, s2, low, high)
         fold(s1, s2, low, high, C, n, sums, ranges)
+    leave(counter)
 
 
 @compiled
 def add(counter, a, b, C, out, sums, ranges):
     """out = a + b, and what `summarize` finds in it."""
+    me = seat(counter)
+    if me < 0:
+        return
     N, D = a.shape
     run = run_of(C)
     s1, s2 = np.empty(run), np.empty(run)
@@ -237,6 +257,7 @@ def add(counter, a, b, C, out, sums, ranges):
                 total[i] = left[i] + right[i]
             summarize_run(total, run, s1, s2, low, high)
         fold(s1, s2, low, high, C, n, sums, ranges)
+    leave(counter)
 
 
 # ---- batch normalisation, with ReLU --------------------------------------------------------------
@@ -254,6 +275,9 @@ def normalize_run(x, norm, floor, out):
 @compiled
 def normalize(counter, x, norm, floor, out):
     """normalize_run of x (N, D) → out (N, D)."""
+    me = seat(counter)
+    if me < 0:
+        return
     N, D = x.shape
     while True:
         n = take(counter)
@@ -262,6 +286,7 @@ def normalize(counter, x, norm, floor, out):
         for start in range(0, D, norm.shape[1]):
             stop = min(D, start + norm.shape[1])
             normalize_run(x[n, start:stop], norm, floor, out[n, start:stop])
+    leave(counter)
 
 
 @compiled
@@ -303,6 +328,9 @@ def gradient_sums_rows(dy, x, norm, floor, run, g, s1, s2):
 @compiled
 def gradient_sums(counter, dy, x, norm, floor, C, sums):
     """gradient_sums_rows of each image.  dy, x (N, D) → sums (2, N, C)."""
+    me = seat(counter)
+    if me < 0:
+        return
     run = run_of(C)
     s1, s2, g = np.empty(run), np.empty(run), np.empty((2, norm.shape[1]), np.float32)
     nothing = np.empty((2, 0, C), np.float32)
@@ -313,6 +341,7 @@ def gradient_sums(counter, dy, x, norm, floor, C, sums):
         s1[:], s2[:] = 0, 0
         gradient_sums_rows(dy[n], x[n], norm, floor, run, g, s1, s2)
         fold(s1, s2, g[0], g[1], C, n, sums, nothing)
+    leave(counter)
 
 
 @compiled
@@ -321,6 +350,9 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
 
     slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty
     """
+    me = seat(counter)
+    if me < 0:
+        return
     N, D = x.shape
     run = norm.shape[1]
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
@@ -345,6 +377,7 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
             low = least if not least >= low else low      # NaN stays
             high = most if not most <= high else high
         ranges[0, n, 0], ranges[1, n, 0] = low, high
+    leave(counter)
 
 
 # ---- block Householder ---------------------------------------------------------------------------
@@ -385,7 +418,10 @@ def reflect(counter, scratch, x, source, before, starts, root, gain, v, target, 
     scratch  (threads, rows of the largest group + 1, columns of a block) float64
     ranges   (2, blocks, N) of what was written; empty if nobody asks
     """
-    (_, D), columns, me = x.shape, scratch.shape[2], seat(counter)
+    me = seat(counter)
+    if me < 0:
+        return
+    (_, D), columns = x.shape, scratch.shape[2]
     blocks, y, total = (D + columns - 1) // columns, scratch[me, 1:], scratch[me, 0]
     while True:
         block = take(counter)
@@ -409,3 +445,4 @@ def reflect(counter, scratch, x, source, before, starts, root, gain, v, target, 
                     result[i] = (scaled[i] - w * total[i]) * factor
                 if ranges.size:
                     ranges[0, block, target[j]], ranges[1, block, target[j]] = row_range(result)
+    leave(counter)

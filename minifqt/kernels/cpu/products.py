@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 from numba import njit
 
-from minifqt.backend import empty, share, threads
+from minifqt.backend import empty, threads
 from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.cpu.choice import WORD
@@ -22,7 +22,8 @@ from minifqt.kernels.cpu.passes import (
     scale_one,
     summarize_run,
 )
-from minifqt.kernels.cpu.tiles import seat, take, tile, turn16, words16
+from minifqt.kernels.cpu.team import leave, seat, share, take
+from minifqt.kernels.cpu.tiles import tile, turn16, words16
 from minifqt.kernels.reference import first_to_last, output_size
 from minifqt.kernels.seen import Seen, Summary
 
@@ -117,7 +118,10 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
     zero     (N,) float64; b1 (P, Q · K) float64, Σ b over the taps that are present
     scale_a  (N,), scale_b (K or 1,), float64; residual (N, P, Q · K) float32 or empty
     """
-    (N, P, Q, K), me = y.shape, seat(counter)
+    me = seat(counter)
+    if me < 0:
+        return
+    N, P, Q, K = y.shape
     canvas, acc, run = canvases[me], accs[me], run_of(K)
     s1, s2 = np.empty(run), np.empty(run)
     low, high = np.empty(run, np.float32), np.empty(run, np.float32)
@@ -140,6 +144,7 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
                     summarize_run(out, run, s1, s2, low, high)
         if sums.size:
             fold(s1, s2, low, high, K, n, sums, ranges)
+    leave(counter)
 
 
 @compiled
@@ -153,7 +158,10 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
     x, norm, floor   as in passes.gradient_sums; x (N, P, Q · K)
     sums     (2, strips, K) of each strip of rows
     """
-    (N, P, Q, K), me = y.shape, seat(counter)
+    me = seat(counter)
+    if me < 0:
+        return
+    N, P, Q, K = y.shape
     canvas, acc, mixed, total, run = canvases[me], accs[me], mixes[me], totals[me], run_of(K)
     s1, s2, g = np.empty(run), np.empty(run), np.empty((2, norm.shape[1]), np.float32)
     nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
@@ -183,6 +191,7 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
                 out[at:at + D] = source
                 gradient_sums_rows(source, inputs[at:at + D], norm, floor, run, g, s1, s2)
         fold(s1, s2, g[0], g[1], K, task, sums, nothing)
+    leave(counter)
 
 
 @compiled
@@ -195,7 +204,10 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
     total  (threads, R, S, C', K'), x1 (threads, R, S, C), int64; C', K' are multiples of 16
     g1     (threads, P, Q, K) int64, Σ over images of g moved to 0..255; empty if not needed
     """
-    (N, P, Q, _), (R, S), me = g.shape, taps, seat(counter)
+    me = seat(counter)
+    if me < 0:
+        return
+    (N, P, Q, _), (R, S) = g.shape, taps
     image, spots, left, right = canvases[me], places[me], lefts[me], rights[me]
     sums, seen, mine = partials[me], seens[me], total[me].reshape(-1)
     images, tall, _, room, pitch = left.shape
@@ -243,6 +255,7 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
         for i in range(len(flat)):                        # int32 holds the sums of one task
             mine[i] += flat[i]
         sums[:], seen[:] = 0, 0
+    leave(counter)
 
 
 @compiled
@@ -275,6 +288,9 @@ def add_taps(image, x1, stride, height, Q):
 @compiled
 def gemm_rows(counter, rows, lanes, a, b, out):
     """out (M, J) = a bᵀ for a (M, words of K), b in blocks of J (blocks, words, lanes).  int32."""
+    me = seat(counter)
+    if me < 0:
+        return
     M, words = a.shape[:2]
     while True:
         task = take(counter)
@@ -285,6 +301,7 @@ def gemm_rows(counter, rows, lanes, a, b, out):
                  b.ctypes.data + block * words * len(lanes) * WORD,
                  out.ctypes.data + 4 * (task * len(rows) * out.shape[1] + block * len(lanes)),
                  out.shape[1], ((1, 0, 0), (1, 0, 0), (words, WORD, len(lanes) * WORD)), ())
+    leave(counter)
 
 
 # ---- what the layers call ------------------------------------------------------------------------

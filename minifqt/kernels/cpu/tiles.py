@@ -77,27 +77,6 @@ def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
 
 
 @intrinsic
-def take(typingctx, counter):
-    """counter[0]++ and its old value, at once for all threads: the next task.  int64 (2,)."""
-    return types.int64(counter), _increment(0)
-
-
-@intrinsic
-def seat(typingctx, counter):
-    """counter[1]++ and its old value: which of the threads this is, for scratch of its own."""
-    return types.int64(counter), _increment(1)
-
-
-def _increment(index):
-    def codegen(context, builder, signature, arguments):
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        cell = builder.gep(array.data, [ir.Constant(I64, index)])
-        return builder.atomic_rmw("add", cell, ir.Constant(I64, 1), "monotonic")
-
-    return codegen
-
-
-@intrinsic
 def rint(typingctx, x):
     """x rounded to the nearest integer, ties to even, as np.rint; unlike it, vectorized."""
     def codegen(context, builder, signature, arguments):

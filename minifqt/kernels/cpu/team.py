@@ -1,0 +1,127 @@
+"""The threads that share a compiled kernel: woken, fed and awaited without a trip through Python.
+
+A kernel begins with `me = seat(counter)` and returns at once if that is negative, takes its tasks by
+`take(counter)` and ends with `leave(counter)`. The caller works too, and waits only for those that
+have taken a seat. Between kernels a thread listens for a while, awake, before it sleeps: waking one
+costs as much as a small kernel. Next: products.py, passes.py.
+"""
+from queue import SimpleQueue
+from threading import Thread
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from minifqt.backend import threads
+
+TASKS, SEATS, LEFT, BELL = range(4)                       # what a counter (4,) int64 counts
+CLOSED = 1 << 40                                          # subtracted from the seats at the end
+PATIENCE = 20_000                                         # turns of listening, some 10 ns each
+
+_jobs: SimpleQueue = SimpleQueue()
+_members: list[Thread] = []
+_bell = np.zeros(1, np.int64)                             # rung by the caller inside a kernel
+
+
+def share(kernel, *arguments) -> None:
+    """kernel(counter, *arguments) on every thread; each takes its tasks from the counter."""
+    counter, helpers = np.zeros(4, np.int64), threads() - 1
+    counter[BELL] = _bell.ctypes.data
+    while len(_members) < helpers:
+        _members.append(Thread(target=_work, name="minifqt.team", daemon=True))
+        _members[-1].start()
+    for _ in range(helpers):
+        _jobs.put((kernel, counter, arguments))
+    kernel(counter, *arguments)
+    if helpers:
+        close(counter)
+
+
+def _work():
+    heard = 0
+    while True:
+        heard = listen(_bell, heard, PATIENCE)
+        kernel, counter, arguments = _jobs.get()
+        kernel(counter, *arguments)                       # returns at once if the caller is done
+        del kernel, counter, arguments                    # arrays are not kept alive
+
+
+def _cell(context, builder, kind, array, index):
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.gep(data, [ir.Constant(ir.IntType(64), index)])
+
+
+def _add(index):
+    def codegen(context, builder, signature, arguments):
+        cell = _cell(context, builder, signature.args[0], arguments[0], index)
+        return builder.atomic_rmw("add", cell, ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return codegen
+
+
+@intrinsic
+def take(typingctx, counter):
+    """The next task, for one thread alone."""
+    return types.int64(counter), _add(TASKS)
+
+
+@intrinsic
+def seat(typingctx, counter):
+    """Which of the threads this is, for scratch of its own; negative if the work is done."""
+    def codegen(context, builder, signature, arguments):
+        cell = _cell(context, builder, signature.args[0], arguments[0], BELL)
+        bell = builder.inttoptr(builder.load(cell), ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", bell, ir.Constant(ir.IntType(64), 1), "acq_rel")
+        return _add(SEATS)(context, builder, signature, arguments)
+
+    return types.int64(counter), codegen
+
+
+@intrinsic
+def leave(typingctx, counter):
+    """This thread's work is written."""
+    return types.int64(counter), _add(LEFT)
+
+
+@intrinsic
+def read(typingctx, cell):
+    """cell[0], which another thread changes."""
+    def codegen(context, builder, signature, arguments):
+        address = _cell(context, builder, signature.args[0], arguments[0], 0)
+        return builder.load_atomic(address, "acquire", 8)
+
+    return types.int64(cell), codegen
+
+
+@njit(nogil=True, cache=True)
+def close(counter):
+    """No more seats; waits until all who sat have left."""
+    seated = counter[SEATS]
+    while True:
+        now = read(counter[SEATS:])
+        seated = now
+        if swap(counter, now, now - CLOSED):
+            break
+    while read(counter[LEFT:]) < seated:
+        pass
+
+
+@intrinsic
+def swap(typingctx, counter, old, new):
+    """Seats from old to new, and whether they still were old."""
+    def codegen(context, builder, signature, arguments):
+        cell = _cell(context, builder, signature.args[0], arguments[0], SEATS)
+        result = builder.cmpxchg(cell, arguments[1], arguments[2], "acq_rel", "acquire")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(counter, types.int64, types.int64), codegen
+
+
+@njit(nogil=True, cache=True)
+def listen(bell, heard, patience):
+    """What the bell shows once it differs from what was heard, or when patience ends."""
+    for _ in range(patience):
+        if read(bell) != heard:
+            break
+    return read(bell)
