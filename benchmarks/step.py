@@ -97,7 +97,7 @@ def all_contestants(flags):
 
 
 def minifqt_step(model, recipe, seed, x, labels):
-    net, optimizer = models.build(model, CLASSES, recipe, seed), minifqt.SGD()
+    net, optimizer = minifqt.fuse(models.build(model, CLASSES, recipe, seed)), minifqt.SGD()
     done = []
 
     def step():

@@ -152,9 +152,11 @@ class Householder:
         y, rows = blank(x.shape), np.arange(len(x))
         starts, root, gain, v, order, _ = self.plan()
         source, target = (rows, order) if to_samples else (order, rows)
-        blocks = -(-(x.size // len(x)) // _COLUMNS)
+        largest = int(np.diff(starts).max())
+        columns = max(_COLUMNS, min(2048, 2**15 // largest))          # a group stays in cache
+        blocks = -(-(x.size // len(x)) // columns)
         ranges = np.empty((2, blocks * (not to_samples), len(x)), np.float32)
-        scratch = empty((threads(), np.diff(starts).max() + 1, _COLUMNS), "float64")
+        scratch = empty((threads(), largest + 1, columns), "float64")
         share(passes.reflect, scratch, images(x), source, before, starts, root, gain, v, target,
               after, images(y), ranges)
         if not to_samples:

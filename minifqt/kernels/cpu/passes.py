@@ -290,39 +290,36 @@ def normalize(counter, x, norm, floor, out):
 
 
 @compiled
-def gated_run(dy, x, norm, floor, g, gx):
-    """g = dy where the output was above floor, else 0, and g · x̂."""
-    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
-    for i in range(len(x)):
-        normal = (x[i] - mean[i]) * inv_std[i]
-        g[i] = dy[i] * (ONE if weight[i] * normal + bias[i] > floor else ZERO)
-        gx[i] = g[i] * normal
+def gated(dy, x, mean, inv_std, weight, bias, floor):
+    """g = dy where weight · x̂ + bias is above floor, else 0; and g · x̂.  Numbers."""
+    normal = (x - mean) * inv_std
+    g = dy * (ONE if weight * normal + bias > floor else ZERO)
+    return np.float64(g), np.float64(g * normal)
 
 
 @compiled
-def sum_run(x, run, total):
-    """total[i % run] += x[i] in float64, four runs at a time."""
+def gradient_sums_rows(dy, x, norm, floor, run, s1, s2):
+    """s1 += g, s2 += g · x̂, place by place, for flat dy, x of whole pixels; four runs at a time."""
+    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     whole = len(x) // (4 * run) * (4 * run)
     for start in range(0, whole, 4 * run):
         a, b = x[start:start + run], x[start + run:start + 2 * run]
         c, d = x[start + 2 * run:start + 3 * run], x[start + 3 * run:start + 4 * run]
+        p, q = dy[start:start + run], dy[start + run:start + 2 * run]
+        r, s = dy[start + 2 * run:start + 3 * run], dy[start + 3 * run:start + 4 * run]
         for i in range(run):
-            total[i] += ((np.float64(a[i]) + np.float64(b[i]))
-                         + (np.float64(c[i]) + np.float64(d[i])))
+            g0, h0 = gated(p[i], a[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            g1, h1 = gated(q[i], b[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            g2, h2 = gated(r[i], c[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            g3, h3 = gated(s[i], d[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            s1[i] += (g0 + g1) + (g2 + g3)
+            s2[i] += (h0 + h1) + (h2 + h3)
     for start in range(whole, len(x), run):
-        part = x[start:start + run]
-        for i in range(len(part)):
-            total[i] += part[i]
-
-
-@compiled
-def gradient_sums_rows(dy, x, norm, floor, run, g, s1, s2):
-    """s1 += g, s2 += g · x̂ for flat dy, x of whole pixels; g (2, length of norm) is scratch."""
-    for start in range(0, len(x), norm.shape[1]):
-        stop = min(len(x), start + norm.shape[1])
-        gated_run(dy[start:stop], x[start:stop], norm, floor, g[0], g[1])
-        sum_run(g[0, :stop - start], run, s1)
-        sum_run(g[1, :stop - start], run, s2)
+        for i in range(min(run, len(x) - start)):
+            g0, h0 = gated(dy[start + i], x[start + i], mean[i], inv_std[i], weight[i], bias[i],
+                           floor)
+            s1[i] += g0
+            s2[i] += h0
 
 
 @compiled
@@ -332,15 +329,15 @@ def gradient_sums(counter, dy, x, norm, floor, C, sums):
     if me < 0:
         return
     run = run_of(C)
-    s1, s2, g = np.empty(run), np.empty(run), np.empty((2, norm.shape[1]), np.float32)
+    s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
     nothing = np.empty((2, 0, C), np.float32)
     while True:
         n = take(counter)
         if n >= len(x):
             break
         s1[:], s2[:] = 0, 0
-        gradient_sums_rows(dy[n], x[n], norm, floor, run, g, s1, s2)
-        fold(s1, s2, g[0], g[1], C, n, sums, nothing)
+        gradient_sums_rows(dy[n], x[n], norm, floor, run, s1, s2)
+        fold(s1, s2, unused, unused, C, n, sums, nothing)
     leave(counter)
 
 
@@ -384,11 +381,8 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
 
 
 @compiled
-def reflect_rows(y, root, gain, v, after, total):
-    """y_j ← (y_j − v_j · c) · after_j for the rows of one group, c = (y₁ − Σy · root) · gain.
-
-    y (n, D) float32; float64 inside, sums row by row; total (D,) is scratch
-    """
+def group_sum(y, root, gain, total):
+    """total = (y₁ − Σy · root) · gain for the rows y (n, D) of a group, float64, row by row."""
     for i in range(len(total)):
         total[i] = y[0, i]
     for j in range(1, len(y)):
@@ -398,22 +392,18 @@ def reflect_rows(y, root, gain, v, after, total):
     lead = y[0]
     for i in range(len(total)):
         total[i] = (lead[i] - total[i] * root) * gain
-    for j in range(len(y)):
-        row, w, factor = y[j], v[j], after[j]
-        for i in range(len(total)):
-            row[i] = (row[i] - w * total[i]) * factor
 
 
 @compiled
-def scale_one(row, factor):
-    """A group of one row: nothing to reflect."""
-    for i in range(len(row)):
-        row[i] = row[i] * factor
+def reflect_row(row, v, total, factor, out):
+    """out = (row − v · total) · factor."""
+    for i in range(len(out)):
+        out[i] = (row[i] - v * total[i]) * factor
 
 
 @compiled
 def reflect(counter, scratch, x, source, before, starts, root, gain, v, target, after, out, ranges):
-    """out[target[j]] = reflect_rows of y_j = x[source[j]] · before_j, in groups between `starts`.
+    """out[target[j]] = reflect_row of y_j = x[source[j]] · before_j, in groups between `starts`.
 
     scratch  (threads, rows of the largest group + 1, columns of a block) float64
     ranges   (2, blocks, N) of what was written; empty if nobody asks
@@ -430,19 +420,14 @@ def reflect(counter, scratch, x, source, before, starts, root, gain, v, target, 
         left, right = block * columns, min(D, block * columns + columns)
         for group in range(len(starts) - 1):
             first, last = starts[group], starts[group + 1]
-            total[:] = 0
             for j in range(first, last):
                 row, scaled, factor = x[source[j], left:right], y[j - first], before[j]
                 for i in range(len(row)):
                     scaled[i] = row[i] * factor
-                    total[i] += scaled[i]
-            lead = y[0]
-            for i in range(right - left):
-                total[i] = (lead[i] - total[i] * root[group]) * gain[group]
+            group_sum(y[:last - first], root[group], gain[group], total[:right - left])
             for j in range(first, last):
-                result, scaled, w, factor = out[target[j], left:right], y[j - first], v[j], after[j]
-                for i in range(len(result)):
-                    result[i] = (scaled[i] - w * total[i]) * factor
+                result = out[target[j], left:right]
+                reflect_row(y[j - first], v[j], total, after[j], result)
                 if ranges.size:
                     ranges[0, block, target[j]], ranges[1, block, target[j]] = row_range(result)
     leave(counter)

@@ -17,9 +17,9 @@ from minifqt.kernels.cpu.choice import WORD
 from minifqt.kernels.cpu.passes import (
     fold,
     gradient_sums_rows,
-    reflect_rows,
+    group_sum,
+    reflect_row,
     run_of,
-    scale_one,
     summarize_run,
 )
 from minifqt.kernels.cpu.team import leave, seat, share, take
@@ -163,7 +163,7 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
         return
     N, P, Q, K = y.shape
     canvas, acc, mixed, total, run = canvases[me], accs[me], mixes[me], totals[me], run_of(K)
-    s1, s2, g = np.empty(run), np.empty(run), np.empty((2, norm.shape[1]), np.float32)
+    s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
     nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
     while True:
         task = take(counter)
@@ -180,17 +180,17 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
                     scale_row(acc, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
                               mixed[j - first, p * Q * K:(p + 1) * Q * K])
             if last - first > 1:
-                reflect_rows(mixed[:last - first, :D], root[group], gain[group], v[first:last],
-                             after[first:last], total[:D])
-            else:
-                scale_one(mixed[0, :D], after[first])
+                group_sum(mixed[:last - first], root[group], gain[group], total[:D])
             for j in range(first, last):
-                n = target[j]
-                out, source, inputs = flat_y[n], mixed[j - first, :D], flat_x[n]
-                at = top * Q * K
-                out[at:at + D] = source
-                gradient_sums_rows(source, inputs[at:at + D], norm, floor, run, g, s1, s2)
-        fold(s1, s2, g[0], g[1], K, task, sums, nothing)
+                out, at = flat_y[target[j]], top * Q * K
+                out, row, factor = out[at:at + D], mixed[j - first], after[j]
+                if last - first > 1:
+                    reflect_row(row, v[j], total, factor, out)
+                else:
+                    for i in range(D):
+                        out[i] = row[i] * factor
+                gradient_sums_rows(out, flat_x[target[j], at:at + D], norm, floor, run, s1, s2)
+        fold(s1, s2, unused, unused, K, task, sums, nothing)
     leave(counter)
 
 
