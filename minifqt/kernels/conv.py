@@ -69,5 +69,5 @@ class Product(Lazy):
         return self.correlation.form(images(other))
 
     def gated(self, x, norm, floor):
-        """Its numbers, and Σ g and Σ g · x̂ of them (passes.gradient_sums)."""
+        """Its numbers, and Σ g and Σ g · x̂ of them (norms.gradient_sums)."""
         return self.correlation.form_gated(x, norm, floor)

@@ -1,6 +1,7 @@
 """A linear layer's three products: laws checked here, sums in cpu/ or blas.py (plain: reference)."""
 import numpy as np
 
+from minifqt.backend import array_module
 from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
 from minifqt.qtensor import QTensor, as_floats, common_dtype, require_factorable, require_unmixed
@@ -59,5 +60,5 @@ def alike(a: QTensor, b: QTensor):
 
 def sums_of(a: QTensor, b: QTensor):
     """The module that multiplies these two: compiled for integers on a CPU that can, else BLAS."""
-    integers = a.is_integer and b.is_integer and isinstance(a.codes, np.ndarray)
+    integers = a.is_integer and b.is_integer and array_module(a.codes) is np
     return products if integers and choice.isa() else blas

@@ -7,7 +7,12 @@ runs in blocks that fit a cache, with the same float operations in the same orde
 import numpy as np
 
 from minifqt.backend import Array, array_module, map_blocks
-from minifqt.kernels.seen import Lazy, Summary, blank, images, passes, runs, share, suits, summary
+from minifqt.kernels.cpu import choice
+from minifqt.kernels.seen import Lazy, Summary, blank, images, runs, suits, summary
+
+if choice.numba is not None:
+    from minifqt.kernels.cpu import norms
+    from minifqt.kernels.cpu.team import share
 
 _BLOCK = 1 << 16                                          # elements
 
@@ -125,7 +130,7 @@ class Normalized(Lazy):
     def form(self) -> np.ndarray:
         """Its numbers.  (N, …, C)."""
         y = blank(self.shape)
-        share(passes.normalize, *self.operands(), images(y))
+        share(norms.normalize, *self.operands(), images(y))
         return y
 
     def astype(self, dtype, copy=True):
@@ -152,7 +157,7 @@ class Normalized(Lazy):
             dy, sums = dy.gated(x, vectors, floor)
         else:
             sums = np.empty((2, len(dy), C))
-            share(passes.gradient_sums, images(dy), x, vectors, floor, C, sums)
+            share(norms.gradient_sums, images(dy), x, vectors, floor, C, sums)
         dbias, dweight = sums.sum(axis=1)
         slopes = [v.astype("float32") for v in (dbias / count, dweight / count)]
         dx = NormGradient(self.shape, images(dy), x, vectors, floor,
@@ -174,7 +179,7 @@ class NormGradient(Lazy):
     def plus(self, other):
         """dx + other."""
         dx, ranges = blank(self.shape), np.empty((2, len(self), 1), np.float32)
-        share(passes.gradient, *self.operands, images(other) if other.size else other, images(dx),
+        share(norms.gradient, *self.operands, images(other) if other.size else other, images(dx),
               ranges)
         dx.summary = Summary(ranges, None)
         return dx

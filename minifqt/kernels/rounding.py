@@ -10,37 +10,39 @@ from minifqt.kernels import reference
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.norm import Normalized
 from minifqt.kernels.reference import UNIT
-from minifqt.kernels.seen import passes, share, suits
+from minifqt.kernels.seen import suits
 from minifqt.rng import Stream
+
+if choice.numba is not None:
+    from minifqt.kernels.cpu import codes
+    from minifqt.kernels.cpu.team import share
 
 _BLOCK = 1 << 16                                          # float32s, 256 kB: in a core's L2 cache
 
 
-def row_ranges(x: Array, rows: int) -> tuple[Array, Array]:
-    """Minimum and maximum of x as a matrix of so many rows, each (rows, 1); NaN where one is."""
+def known_ranges(x: Array, rows: int) -> tuple[Array, Array] | None:
+    """Minimum and maximum of x as so many rows, (rows, 1) each, if they were found before."""
     known = getattr(x, "summary", None)
-    if known is not None and rows in (1, len(x)):
-        low, high = known.ranges.reshape(2, rows, -1)     # (2, N, of its parts)
-        return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
-    x = x.reshape(rows, -1)
-    if array_module(x) is not np:
+    if known is None or rows not in (1, len(x)):
+        return None
+    low, high = known.ranges.reshape(2, rows, -1)         # each of a row's parts
+    return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
+
+
+def row_ranges(x: Array) -> tuple[Array, Array]:
+    """Minimum and maximum of each row of x (N, D), each (N, 1); NaN where a row holds one."""
+    if array_module(x) is not np or (len(x) == 1 and not suits(x)):
         return x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
-    parts = 1 if len(x) > 1 or x.size < _BLOCK else next(n for n in (64, 27, 25, 7, 1)
-                                                          if x.size % n == 0)
-    low, high = _row_ranges(x.reshape(len(x) * parts, -1))
-    return (low.reshape(len(x), parts).min(axis=1, keepdims=True),
-            high.reshape(len(x), parts).max(axis=1, keepdims=True))
-
-
-def _row_ranges(x):
-    low, high = np.empty((2, len(x)), x.dtype)
     if suits(x):
-        share(passes.row_ranges, np.ascontiguousarray(x), low, high)
-        return low, high
+        parts = max(1, 64 // len(x))                      # of a row, for the threads to share
+        low, high = np.empty((2, len(x), parts), x.dtype)
+        share(codes.row_ranges, np.ascontiguousarray(x), low, high)
+        return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
+    low, high = np.empty((2, len(x), 1), x.dtype)
 
     def block(rows):
-        x[rows].min(axis=1, out=low[rows])
-        x[rows].max(axis=1, out=high[rows])
+        x[rows].min(axis=1, keepdims=True, out=low[rows])
+        x[rows].max(axis=1, keepdims=True, out=high[rows])
 
     map_blocks(block, len(x), max(1, _BLOCK // x.shape[1]))
     return low, high
@@ -80,10 +82,10 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
         out = empty(x.shape, dtype)
         rounding = [v.reshape(-1) for v in (shift, inv, code)]
         if isinstance(x, Normalized):
-            share(passes.round_normalized, *x.operands(), *(v[0] for v in rounding), lowest,
+            share(codes.round_normalized, *x.operands(), *(v[0] for v in rounding), lowest,
                   highest, *source, out.view(np.uint8).reshape(len(x.x), -1))
         else:
-            share(passes.round_rows, x, *rounding, lowest, highest, *source, out.view(np.uint8))
+            share(codes.round_rows, x, *rounding, lowest, highest, *source, out.view(np.uint8))
         return out
     x, h = np.asarray(x), stream.bits(shape).reshape(x.shape)
 
@@ -102,17 +104,17 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
 
 
 def _in_blocks(rounded, x, h, dtype, *per_row):
-    codes = np.empty(x.shape, dtype)
+    rounded_codes = np.empty(x.shape, dtype)
     if len(x) == 1:                                       # one row: cut it along D
 
         def block(part):
-            rounded(x[:, part], h[:, part], *per_row, codes[:, part])
+            rounded(x[:, part], h[:, part], *per_row, rounded_codes[:, part])
 
         map_blocks(block, x.shape[1], _BLOCK)
     else:
 
         def block(rows):
-            rounded(x[rows], h[rows], *(v[rows] for v in per_row), codes[rows])
+            rounded(x[rows], h[rows], *(v[rows] for v in per_row), rounded_codes[rows])
 
         map_blocks(block, len(x), max(1, _BLOCK // x.shape[1]))
-    return codes
+    return rounded_codes

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minifqt.backend import empty
+from minifqt.backend import array_module, empty
 from minifqt.kernels.cpu import choice
 
-passes = share = None
 if choice.numba is not None:
-    from minifqt.kernels.cpu import passes
+    from minifqt.kernels.cpu import norms
     from minifqt.kernels.cpu.team import share
 
 
@@ -87,8 +86,8 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
 
 def suits(x) -> bool:
     """Whether the compiled passes take it: images of float32 on a CPU, numba there and wanted."""
-    return (isinstance(x, np.ndarray) and x.dtype == np.float32 and x.ndim in (2, 4)
-            and x.size > 0 and choice.instructions() != "numpy")
+    return (isinstance(x, np.ndarray) and array_module(x) is np and x.dtype == np.float32
+            and x.ndim in (2, 4) and x.size > 0 and choice.instructions() != "numpy")
 
 
 def images(x: np.ndarray) -> np.ndarray:
@@ -98,7 +97,7 @@ def images(x: np.ndarray) -> np.ndarray:
 
 def runs(*vectors: np.ndarray) -> np.ndarray:
     """Vectors (C,) tiled to the length of a run: (count, run)."""
-    return np.tile(np.stack(vectors), (1, max(1, passes.RUN // len(vectors[0]))))
+    return np.tile(np.stack(vectors), (1, max(1, norms.RUN // len(vectors[0]))))
 
 
 def blank(shape: tuple) -> Seen:
@@ -112,7 +111,7 @@ def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.add(np.asarray(x), y)
     z, C = blank(x.shape), x.shape[-1]
     sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
-    share(passes.add, images(x), images(y), C, images(z), sums, ranges)
+    share(norms.add, images(x), images(y), C, images(z), sums, ranges)
     z.summary = Summary(ranges, sums)
     return z
 
@@ -124,5 +123,5 @@ def summary(x: np.ndarray) -> Summary:
         return known
     C = x.shape[-1]
     sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
-    share(passes.summarize, images(x), C, sums, ranges)
+    share(norms.summarize, images(x), C, sums, ranges)
     return Summary(ranges, sums)

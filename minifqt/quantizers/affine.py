@@ -24,8 +24,8 @@ def as_rows(x: Array, rows: int) -> Array:
 
 
 def finite_ranges(x: Array, rows: int, stream: Stream | None = None) -> tuple[Array, Array]:
-    """Minimum and maximum of each of x's rows, (rows, 1).  NonFiniteError names the stream or "x"."""
-    low, high = rounding.row_ranges(x, rows)
+    """Minimum and maximum of each row, (rows, 1).  NonFiniteError names the stream ("x" if None)."""
+    low, high = rounding.known_ranges(x, rows) or rounding.row_ranges(as_rows(x, rows))
     stream = stream or Streams(0).stream("x")
     stream.require_finite((array_module(x).isfinite(low) & array_module(x).isfinite(high)).all())
     return low, high

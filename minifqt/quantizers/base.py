@@ -68,7 +68,7 @@ class Quantizer:
 
     name = ""
     unbiased = True                                       # E[x̂] = x under stochastic rounding
-    reads_lazily = False                                  # takes kernels.norm.Normalized as it is
+    reads_normalized = False                              # takes norm.Normalized as it is
 
     def __init__(self, bits: int | None):
         if not isinstance(bits, Integral) or not 2 <= bits <= 8:
@@ -177,7 +177,7 @@ class Bound:
         self.stream = nearest(streams, name) if self.rounding == "nearest" else streams.stream(name)
 
     def __call__(self, x: Array) -> QTensor:
-        x = x.array() if isinstance(x, Lazy) and not self.quantizer.reads_lazily else x
+        x = x.array() if isinstance(x, Lazy) and not self.quantizer.reads_normalized else x
         return replace(self.quantizer(x, self.stream), name=self.name)
 
     def __str__(self):

@@ -15,11 +15,16 @@ from minifqt.backend import (
     threads,
 )
 from minifqt.kernels import rounding
-from minifqt.kernels.seen import Summary, blank, images, passes, share, suits
+from minifqt.kernels.cpu import choice
+from minifqt.kernels.seen import Summary, blank, images, suits
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import as_rows, finite_ranges, grid
 from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
+
+if choice.numba is not None:
+    from minifqt.kernels.cpu import mixing
+    from minifqt.kernels.cpu.team import share
 
 # Columns mixed at a time: 128 rows of them fit a core's cache.
 _COLUMNS = 256
@@ -55,7 +60,7 @@ class BHQ(Quantizer):
         low, high = finite_ranges(x, len(x), stream)
         mix = Householder(low[:, 0].astype("float64"), high[:, 0].astype("float64"))
         mixed, exponent = mix.apply_rescaled(as_rows(x, len(x)))
-        low, high = rounding.row_ranges(mixed, len(x))
+        low, high = rounding.known_ranges(mixed, len(x)) or rounding.row_ranges(mixed)
         return mix, grid(mixed, low, high, self.bins, exponent)
 
 
@@ -148,7 +153,7 @@ class Householder:
         return self._by_columns(x, lambda part: self._reflect(part[self.order] * scales[:, None]))
 
     def _compiled(self, x, before, after, to_samples):
-        """The same by passes.reflect, which also finds the mixed rows' ranges."""
+        """The same by mixing.reflect, which also finds the mixed rows' ranges."""
         y, rows = blank(x.shape), np.arange(len(x))
         starts, root, gain, v, order, _ = self.plan()
         source, target = (rows, order) if to_samples else (order, rows)
@@ -157,14 +162,14 @@ class Householder:
         blocks = -(-(x.size // len(x)) // columns)
         ranges = np.empty((2, blocks * (not to_samples), len(x)), np.float32)
         scratch = empty((threads(), largest + 1, columns), "float64")
-        share(passes.reflect, scratch, images(x), source, before, starts, root, gain, v, target,
+        share(mixing.reflect, scratch, images(x), source, before, starts, root, gain, v, target,
               after, images(y), ranges)
         if not to_samples:
             y.summary = Summary(ranges.swapaxes(1, 2), None)
         return y
 
     def plan(self):
-        """starts, root, gain, v, target, after: what a kernel needs to undo T (passes.reflect)."""
+        """starts, root, gain, v, target, after: what a kernel needs to undo T (mixing.reflect)."""
         groups = self.group[-1] + 1
         return (np.append(self.starts[:groups], len(self.order)), self._root[:groups, 0],
                 self._gain[:groups, 0], self._v[:, 0], self.order, self.undo_scales)

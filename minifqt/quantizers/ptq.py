@@ -26,7 +26,11 @@ class PerTensor(Quantizer):
     def static(self, x: Array, stream: Stream, low: Array, high: Array) -> QTensor:
         """Codes over the given range (1,), (1,); x is clipped to it first."""
         finite_ranges(x, 1, stream)
-        return self._round(x, as_rows(x, 1), low.reshape(1, 1), high.reshape(1, 1), stream)
+        low, high = low.reshape(1, 1), high.reshape(1, 1)
+        return self._round(x, self._clipped(as_rows(x, 1), low, high), low, high, stream)
+
+    def _clipped(self, row, low, high):
+        return array_module(row).clip(row, low, high)
 
 
 @register("ptq")
@@ -38,7 +42,10 @@ class PTQ(PerTensor):
     Source: arXiv 2010.14298, the per-tensor quantizer. Plain form: reference.psq of one row.
     """
 
-    reads_lazily = True
+    reads_normalized = True
+
+    def _clipped(self, row, low, high):  # noqa: ARG002 - its codes end where the range ends
+        return row
 
     def _round(self, x, row, low, high, stream):
         g = grid(row, low, high, self.bins)

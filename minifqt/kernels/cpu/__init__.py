@@ -1,8 +1,8 @@
 """Compiled kernels for the CPU. They change no number: read reference.py for what they compute.
 
-tiles.py generates the integer micro-kernels, products.py is a layer's three products, passes.py the
-elementwise rest, choice.py says which instructions are used and why. Without numba all of it is
-absent, and NumPy does the work.
+tiles.py generates the integer micro-kernels, sums.py and products.py are a layer's three products,
+codes.py, norms.py and mixing.py the elementwise rest, team.py the threads; choice.py says which
+instructions are used and why. Without numba all of it is absent, and NumPy does the work.
 """
 from minifqt.kernels.cpu.choice import describe, instructions, set_instructions, supported
 

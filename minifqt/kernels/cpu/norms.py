@@ -1,0 +1,220 @@
+"""Sums over images, batch norm both ways with the ReLU behind it, and sums of two arrays, compiled.
+
+Arrays (N, D) are images of pixels with C channels innermost. Vectors of a channel each come tiled to
+a `run` of a few hundred numbers, so that inner loops are long and plain; every sum is float64, image
+by image. Float operations are those of kernels/norm.py one by one. Next: mixing.py.
+"""
+import numpy as np
+from numba import njit
+
+from minifqt.kernels.cpu.codes import normalize_run, row_range
+from minifqt.kernels.cpu.team import leave, seat, take
+
+RUN = 512                                                 # numbers of a run of vectors: 2 kB each
+SUMS = 128                                                # of accumulators
+ZERO, ONE = np.float32(0), np.float32(1)
+compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@compiled
+def run_of(C):
+    """Length of the accumulators for C channels."""
+    return max(1, SUMS // C) * C
+
+
+@compiled
+def summarize_run(x, run, s1, s2, low, high):
+    """Adds x and its square to s1 and s2 (run,), and widens low .. high, place by place.
+
+    Four runs at a time, or the accumulators' own loads and stores would take most of it.
+    """
+    whole = len(x) // (4 * run) * (4 * run)
+    for start in range(0, whole, 4 * run):
+        a, b = x[start:start + run], x[start + run:start + 2 * run]
+        c, d = x[start + 2 * run:start + 3 * run], x[start + 3 * run:start + 4 * run]
+        for i in range(run):
+            p, q, r, s = np.float64(a[i]), np.float64(b[i]), np.float64(c[i]), np.float64(d[i])
+            s1[i] += (p + q) + (r + s)
+            s2[i] += (p * p + q * q) + (r * r + s * s)
+        for i in range(run):
+            one, other = (a[i] if a[i] < b[i] else b[i]), (c[i] if c[i] < d[i] else d[i])
+            one = one if one < other else other
+            low[i] = one if one < low[i] else low[i]
+            one, other = (a[i] if a[i] > b[i] else b[i]), (c[i] if c[i] > d[i] else d[i])
+            one = one if one > other else other
+            high[i] = one if one > high[i] else high[i]
+    for start in range(whole, len(x), run):
+        part = x[start:start + run]
+        for i in range(len(part)):
+            v, d = part[i], np.float64(part[i])
+            s1[i] += d
+            s2[i] += d * d
+            low[i] = v if v < low[i] else low[i]
+            high[i] = v if v > high[i] else high[i]
+
+
+@compiled
+def fold(s1, s2, low, high, C, n, sums, ranges):
+    """The places of a run → channels: sums[:, n] (2, N, C), ranges[:, n] (2, N, C), unless empty."""
+    if sums.size:
+        for c in range(C):
+            sums[0, n, c], sums[1, n, c] = s1[c], s2[c]
+        for i in range(C, len(s1)):
+            sums[0, n, i % C] += s1[i]
+            sums[1, n, i % C] += s2[i]
+    if ranges.size:
+        for c in range(C):
+            ranges[0, n, c], ranges[1, n, c] = low[c], high[c]
+        for i in range(C, len(low)):
+            ranges[0, n, i % C] = min(ranges[0, n, i % C], low[i])
+            ranges[1, n, i % C] = max(ranges[1, n, i % C], high[i])
+
+
+@compiled
+def summarize(counter, x, C, sums, ranges):
+    """Σ x, Σ x² and range of each image and channel.  x (N, D)."""
+    me = seat(counter)
+    if me < 0:
+        return
+    N, D = x.shape
+    run = run_of(C)
+    s1, s2 = np.empty(run), np.empty(run)
+    low, high = np.empty(run, np.float32), np.empty(run, np.float32)
+    while True:
+        n = take(counter)
+        if n >= N:
+            break
+        s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
+        summarize_run(x[n], run, s1, s2, low, high)
+        fold(s1, s2, low, high, C, n, sums, ranges)
+    leave(counter)
+
+
+@compiled
+def add(counter, a, b, C, out, sums, ranges):
+    """out = a + b, and what `summarize` finds in it."""
+    me = seat(counter)
+    if me < 0:
+        return
+    N, D = a.shape
+    run = run_of(C)
+    s1, s2 = np.empty(run), np.empty(run)
+    low, high = np.empty(run, np.float32), np.empty(run, np.float32)
+    while True:
+        n = take(counter)
+        if n >= N:
+            break
+        s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
+        for start in range(0, D, 16 * run):
+            stop = min(D, start + 16 * run)
+            left, right, total = a[n, start:stop], b[n, start:stop], out[n, start:stop]
+            for i in range(len(total)):
+                total[i] = left[i] + right[i]
+            summarize_run(total, run, s1, s2, low, high)
+        fold(s1, s2, low, high, C, n, sums, ranges)
+    leave(counter)
+
+
+@compiled
+def normalize(counter, x, norm, floor, out):
+    """normalize_run of x (N, D) → out (N, D)."""
+    me = seat(counter)
+    if me < 0:
+        return
+    N, D = x.shape
+    while True:
+        n = take(counter)
+        if n >= N:
+            break
+        for start in range(0, D, norm.shape[1]):
+            stop = min(D, start + norm.shape[1])
+            normalize_run(x[n, start:stop], norm, floor, out[n, start:stop])
+    leave(counter)
+
+
+@compiled
+def gated(dy, x, mean, inv_std, weight, bias, floor):
+    """g = dy where weight · x̂ + bias is above floor, else 0; and g · x̂.  Numbers."""
+    normal = (x - mean) * inv_std
+    g = dy * (ONE if weight * normal + bias > floor else ZERO)
+    return np.float64(g), np.float64(g * normal)
+
+
+@compiled
+def gradient_sums_rows(dy, x, norm, floor, run, s1, s2):
+    """s1 += g, s2 += g · x̂, place by place, for flat dy, x of whole pixels; four runs at a time."""
+    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
+    whole = len(x) // (4 * run) * (4 * run)
+    for start in range(0, whole, 4 * run):
+        a, b = x[start:start + run], x[start + run:start + 2 * run]
+        c, d = x[start + 2 * run:start + 3 * run], x[start + 3 * run:start + 4 * run]
+        p, q = dy[start:start + run], dy[start + run:start + 2 * run]
+        r, s = dy[start + 2 * run:start + 3 * run], dy[start + 3 * run:start + 4 * run]
+        for i in range(run):
+            g0, h0 = gated(p[i], a[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            g1, h1 = gated(q[i], b[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            g2, h2 = gated(r[i], c[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            g3, h3 = gated(s[i], d[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            s1[i] += (g0 + g1) + (g2 + g3)
+            s2[i] += (h0 + h1) + (h2 + h3)
+    for start in range(whole, len(x), run):
+        for i in range(min(run, len(x) - start)):
+            g0, h0 = gated(dy[start + i], x[start + i], mean[i], inv_std[i], weight[i], bias[i],
+                           floor)
+            s1[i] += g0
+            s2[i] += h0
+
+
+@compiled
+def gradient_sums(counter, dy, x, norm, floor, C, sums):
+    """gradient_sums_rows of each image.  dy, x (N, D) → sums (2, N, C)."""
+    me = seat(counter)
+    if me < 0:
+        return
+    run = run_of(C)
+    s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
+    nothing = np.empty((2, 0, C), np.float32)
+    while True:
+        n = take(counter)
+        if n >= len(x):
+            break
+        s1[:], s2[:] = 0, 0
+        gradient_sums_rows(dy[n], x[n], norm, floor, run, s1, s2)
+        fold(s1, s2, unused, unused, C, n, sums, nothing)
+    leave(counter)
+
+
+@compiled
+def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
+    """dx = gain · (g − x̂ · mean_gx − mean_g) (+ residual); ranges (2, N, 1), its range.
+
+    slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty
+    """
+    me = seat(counter)
+    if me < 0:
+        return
+    N, D = x.shape
+    run = norm.shape[1]
+    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
+    mean_g, mean_gx, gain = slopes[0], slopes[1], slopes[2]
+    while True:
+        n = take(counter)
+        if n >= N:
+            break
+        low, high = np.float32(np.inf), np.float32(-np.inf)
+        for start in range(0, D, run):
+            stop = min(D, start + run)
+            upstream, row, out = dy[n, start:stop], x[n, start:stop], dx[n, start:stop]
+            for i in range(len(row)):
+                normal = (row[i] - mean[i]) * inv_std[i]
+                g = upstream[i] * (ONE if weight[i] * normal + bias[i] > floor else ZERO)
+                out[i] = ((g - normal * mean_gx[i]) - mean_g[i]) * gain[i]
+            if residual.size:
+                other = residual[n, start:stop]
+                for i in range(len(row)):
+                    out[i] += other[i]
+            least, most = row_range(out)
+            low = least if not least >= low else low      # NaN stays
+            high = most if not most <= high else high
+        ranges[0, n, 0], ranges[1, n, 0] = low, high
+    leave(counter)

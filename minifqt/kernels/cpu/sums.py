@@ -1,0 +1,283 @@
+"""Integer sums of codes, compiled: correlation of images, its use in backward, wgrad, plain GEMM.
+
+No columns are formed. A task places the rows of an image that it needs on a canvas in cache, with
+zeros for absent pixels, and tiles read the taps from there: neighbouring pixels are neighbouring
+words. The unsigned operand holds images or gradients, the signed one weights (in wgrad gradients);
+codes of the other kind are moved by 128 privately. Who calls, and with what: products.py.
+"""
+import numpy as np
+from numba import njit
+
+from minifqt.kernels.cpu.choice import WORD
+from minifqt.kernels.cpu.mixing import group_sum, reflect_row
+from minifqt.kernels.cpu.norms import fold, gradient_sums_rows, run_of, summarize_run
+from minifqt.kernels.cpu.team import leave, seat, take
+from minifqt.kernels.cpu.tiles import tile, turn16, words16
+
+compiled = njit(nogil=True, cache=True)
+
+
+@compiled
+def place(canvas, a, flip, top, offset, spread):
+    """Codes a (P, Q, C) on a canvas (rows, width, C') whose first row is row `top` of the whole.
+
+    Pixel (p, q) at offset + spread · (p, q); the rest is 0. flip 128 moves int8 codes to 0..255.
+    """
+    rows, width, room = canvas.shape
+    P, Q, C = a.shape
+    flat, source = canvas.reshape(rows, width * room), a.reshape(P, Q * C)
+    first = max(0, -(offset[1] // spread))
+    last = max(first, min(Q, (width - 1 - offset[1]) // spread + 1))
+    left, right = (offset[1] + first) * room, (offset[1] + last) * room
+    for y in range(rows):
+        p, rest = divmod(top + y - offset[0], spread)
+        row = flat[y]
+        if rest != 0 or p < 0 or p >= P:
+            row[:] = 0
+        elif spread == 1 and room == C:                   # one run of bytes
+            codes, target = source[p, first * C:last * C], row[left:right]
+            row[:left] = 0
+            for i in range(len(codes)):
+                target[i] = codes[i] ^ flip
+            row[right:] = 0
+        else:
+            row[:] = 0
+            for q in range(first, last):
+                for c in range(C):
+                    canvas[y, offset[1] + spread * q, c] = a[p, q, c] ^ flip
+
+
+@compiled
+def correlate_row(rows, lanes, canvas, top, stride, b, taps, sums):
+    """Integer sums of one row of pixels whose first tap row is canvas[top]: sums (pixels, K').
+
+    b, packed: blocks of K, filter rows, words of a filter row, lanes, group
+    """
+    (R, _), (blocks, _, words, width, _), M = taps, b.shape, len(rows)
+    pixel = canvas.shape[2] * b.itemsize
+    pitch, padded = canvas.shape[1] * pixel, sums.shape[1]
+    for block in range(blocks):
+        for q in range(0, len(sums), M):
+            tile(rows, lanes, b, canvas.ctypes.data + top * pitch + q * stride * pixel,
+                 stride * pixel, b.ctypes.data + block * R * words * width * WORD,
+                 sums.ctypes.data + 4 * (q * padded + block * width), padded,
+                 ((1, 0, 0), (R, pitch, words * width * WORD), (words, WORD, width * WORD)), ())
+
+
+@compiled
+def scale_row(sums, K, zero, flip, ones, scale_a, scale_b, out):
+    """out (Q · K,) = float32((Σ − zero · Σb) · (scale_a · scale_b)); Σ of codes moved by flip."""
+    total, padded = sums.reshape(-1), sums.shape[1]
+    if padded != K:                                       # close the gaps
+        for q in range(len(out) // K):
+            for k in range(K):
+                total[q * K + k] = total[q * padded + k]
+    if zero == 0 and flip == 0 and len(scale_b) == 1:     # the usual case: after a ReLU
+        scale = scale_a * scale_b[0]
+        for i in range(len(out)):
+            out[i] = total[i] * scale
+    elif flip == 0 and len(scale_b) == 1:                 # a gradient
+        scale = scale_a * scale_b[0]
+        for i in range(len(out)):
+            out[i] = (total[i] - zero * ones[i]) * scale
+    else:
+        for i in range(len(out)):
+            scale = scale_a * scale_b[i % len(scale_b)]
+            exact = total[i] - flip * ones[i] if len(ones) else np.float64(total[i])
+            out[i] = (exact - zero * ones[i] if len(ones) else exact) * scale
+
+
+@compiled
+def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spread, taps, b,
+                     stride, strip, zero, b1, scale_a, scale_b, residual, y, sums, ranges):
+    """y (N, P, Q, K) = scaled Σ a·b (+ residual) for images a, summarized if `sums` is not empty.
+
+    canvases, accs  scratch of each thread: a strip of codes, integer sums of a row
+    taps     (R, S) of the packed b;  strip  rows of y that share a canvas
+    zero     (N,) float64; b1 (P, Q · K) float64, Σ b over the taps that are present
+    scale_a  (N,), scale_b (K or 1,), float64; residual (N, P, Q · K) float32 or empty
+    """
+    me = seat(counter)
+    if me < 0:
+        return
+    N, P, Q, K = y.shape
+    canvas, acc, run = canvases[me], accs[me], run_of(K)
+    s1, s2 = np.empty(run), np.empty(run)
+    low, high = np.empty(run, np.float32), np.empty(run, np.float32)
+    while True:
+        n = take(counter)
+        if n >= N:
+            break
+        s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
+        for top in range(0, P, strip):
+            place(canvas, a[n], flip, top * stride, offset, spread)
+            for p in range(top, min(P, top + strip)):
+                out = y[n, p].reshape(-1)
+                correlate_row(rows, lanes, canvas, (p - top) * stride, stride, b, taps, acc)
+                scale_row(acc, K, zero[n], flip, b1[p], scale_a[n], scale_b, out)
+                if residual.size:
+                    other = residual[n, p]
+                    for i in range(len(out)):
+                        out[i] += other[i]
+                if sums.size:
+                    summarize_run(out, run, s1, s2, low, high)
+        if sums.size:
+            fold(s1, s2, low, high, K, n, sums, ranges)
+    leave(counter)
+
+
+@compiled
+def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip, offset, spread,
+                    taps, b, stride, strip, zero, b1, scale_a, scale_b, starts, root, gain, v,
+                    target, after, x, norm, floor, y, sums):
+    """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
+
+    mixes (threads, rows of the largest group, strip · Q · K) float32, totals (threads, …) float64
+    starts .. after  as in mixing.reflect, where before and source are none
+    x, norm, floor   as in norms.gradient_sums; x (N, P, Q · K)
+    sums     (2, strips, K) of each strip of rows
+    """
+    me = seat(counter)
+    if me < 0:
+        return
+    N, P, Q, K = y.shape
+    canvas, acc, mixed, total, run = canvases[me], accs[me], mixes[me], totals[me], run_of(K)
+    s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
+    nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
+    while True:
+        task = take(counter)
+        if task * strip >= P:
+            break
+        top, height = task * strip, min(strip, P - task * strip)
+        s1[:], s2[:], D = 0, 0, height * Q * K
+        for group in range(len(starts) - 1):
+            first, last = starts[group], starts[group + 1]
+            for j in range(first, last):
+                place(canvas, a[j], flip, top * stride, offset, spread)
+                for p in range(height):
+                    correlate_row(rows, lanes, canvas, p * stride, stride, b, taps, acc)
+                    scale_row(acc, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
+                              mixed[j - first, p * Q * K:(p + 1) * Q * K])
+            if last - first > 1:
+                group_sum(mixed[:last - first], root[group], gain[group], total[:D])
+            for j in range(first, last):
+                out, at = flat_y[target[j]], top * Q * K
+                out, row, factor = out[at:at + D], mixed[j - first], after[j]
+                if last - first > 1:
+                    reflect_row(row, v[j], total, factor, out)
+                else:
+                    for i in range(D):
+                        out[i] = row[i] * factor
+                gradient_sums_rows(out, flat_x[target[j], at:at + D], norm, floor, run, s1, s2)
+        fold(s1, s2, unused, unused, K, task, sums, nothing)
+    leave(counter)
+
+
+@compiled
+def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows, lanes, g, flip_g,
+                 x, flip_x, offset, stride, taps, strip, total, x1, g1):
+    """Adds Σ g·x over images and pixels to a thread's total, Σ x to its x1, Σ g to its g1.
+
+    g (N, P, Q, K), x (N, H, W, C), moved to the signed and to the unsigned side by their flips
+    canvases .. seens  scratch of each thread, shapes in `wgrad_scratch`
+    total  (threads, R, S, C', K'), x1 (threads, R, S, C), int64; C', K' are multiples of 16
+    g1     (threads, P, Q, K) int64, Σ over images of g moved to 0..255; empty if not needed
+    """
+    me = seat(counter)
+    if me < 0:
+        return
+    (N, P, Q, _), (R, S) = g.shape, taps
+    image, spots, left, right = canvases[me], places[me], lefts[me], rights[me]
+    sums, seen, mine = partials[me], seens[me], total[me].reshape(-1)
+    images, tall, _, room, pitch = left.shape
+    quads, padded, item = right.shape[2], right.shape[3], left.itemsize
+    group, width, line = WORD // item, len(lanes), pitch * left.itemsize
+    strips, flat = (P + strip - 1) // strip, sums.reshape(-1)
+    sums[:], seen[:] = 0, 0
+    while True:
+        task = take(counter)
+        if task >= (N + images - 1) // images * strips:
+            break
+        start, top = task // strips * images, task % strips * strip
+        height, count = min(strip, P - top), min(images, N - start)
+        for n in range(count):
+            # x as rows of channels, one for each phase of the stride; g as words of a few pixels
+            place(image, x[start + n], flip_x, top * stride, offset, 1)
+            add_codes(image, 0, seen)
+            for y in range(tall):
+                for phase in range(stride):
+                    for q in range(0, pitch, 16):
+                        a = image.ctypes.data + (y * image.shape[1] + q * stride + phase) * room
+                        b = left[n, y, phase].ctypes.data + q * item
+                        for c in range(0, room, 16):
+                            turn16(left, a + c, stride * room, b + c * line, line)
+            if g1.size:
+                add_codes(g[start + n, top:top + height], 128 ^ flip_g, g1[me, top:top + height])
+            place(spots, g[start + n], flip_g, top, (0, 0), 1)
+            for p in range(height):
+                for quad in range(quads):
+                    a = spots[p].ctypes.data + quad * group * padded
+                    b = right[n, p, quad].ctypes.data
+                    for k in range(0, padded, 16):
+                        words16(left, a + k, padded, b + k * WORD)
+        for r in range(R):
+            for s in range(S):                            # a tap moves x by the size of a code
+                a = left.ctypes.data + (r * stride + s % stride) * room * line + s // stride * item
+                for k in range(0, padded, width):
+                    for c in range(0, room, len(rows)):
+                        tile(rows, lanes, left, a + c * line, line, right.ctypes.data + k * WORD,
+                             sums[r, s, c].ctypes.data + k * 4, padded,
+                             ((count, tall * stride * room * line, strip * quads * padded * WORD),
+                              (height, stride * stride * room * line, quads * padded * WORD),
+                              (quads, WORD, padded * WORD)), (0,))
+        add_taps(seen, x1[me], stride, height, Q)
+        for i in range(len(flat)):                        # int32 holds the sums of one task
+            mine[i] += flat[i]
+        sums[:], seen[:] = 0, 0
+    leave(counter)
+
+
+@compiled
+def add_codes(codes, flip, total):
+    """total += codes ^ flip, element by element."""
+    for y in range(codes.shape[0]):
+        source, target = codes[y].reshape(-1), total[y].reshape(-1)
+        for i in range(source.size):
+            target[i] += source[i] ^ np.uint8(flip)
+
+
+@compiled
+def add_taps(image, x1, stride, height, Q):
+    """x1[r, s, c] += Σ over output pixels of what tap (r, s) reads.  image (tall, wide, C)."""
+    R, S, C = x1.shape
+    row = np.empty(C, np.int64)
+    for y in range(image.shape[0]):
+        for s in range(S):
+            row[:] = 0
+            for q in range(Q):
+                for c in range(C):
+                    row[c] += image[y, s + q * stride, c]
+            for r in range(R):
+                p, rest = divmod(y - r, stride)
+                if rest == 0 and 0 <= p < height:
+                    for c in range(C):
+                        x1[r, s, c] += row[c]
+
+
+@compiled
+def gemm_rows(counter, rows, lanes, a, b, out):
+    """out (M, J) = a bᵀ for a (M, words of K), b in blocks of J (blocks, words, lanes).  int32."""
+    me = seat(counter)
+    if me < 0:
+        return
+    M, words = a.shape[:2]
+    while True:
+        task = take(counter)
+        if task >= M // len(rows):
+            break
+        for block in range(b.shape[0]):
+            tile(rows, lanes, b, a.ctypes.data + task * len(rows) * words * WORD, words * WORD,
+                 b.ctypes.data + block * words * len(lanes) * WORD,
+                 out.ctypes.data + 4 * (task * len(rows) * out.shape[1] + block * len(lanes)),
+                 out.shape[1], ((1, 0, 0), (1, 0, 0), (words, WORD, len(lanes) * WORD)), ())
+    leave(counter)
