@@ -13,6 +13,7 @@ import minifqt
 import models
 from data.loader import Loader
 from minifqt import backend, checkpoint, optim
+from minifqt.kernels.cpu import choice
 from minifqt.recipes import recipe as recipe_of
 from minifqt.run import Run
 from minifqt.training import DivergedError
@@ -22,7 +23,7 @@ PRESETS = {                                               # CIFAR: the paper's s
     "cifar10": {"model": "resnet56", "epochs": 200, "batch_size": 128, "padding": 4, "flip": True},
     "cifar100": {"model": "resnet56", "epochs": 200, "batch_size": 128, "padding": 4, "flip": True},
 }
-ANYTIME = ("resume", "device", "threads", "data_dir", "download", "save_minutes")
+ANYTIME = ("resume", "device", "threads", "data_dir", "download", "kernels")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -58,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=backend.threads(), help="CPU threads; change no number")
     add("--out", help="the run's folder; default: runs/DATASET-MODEL-RECIPE-seedSEED")
     add("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
-    add("--save-minutes", type=float, default=10.0, help="between checkpoints inside an epoch")
+    add("--kernels", choices=("auto", "plain", *choice.ISAS, "numpy"), default="auto",
+        help="on a CPU; auto: the fastest, fused; plain: layer by layer. Change no number")
     return flags
 
 
@@ -77,15 +79,18 @@ def main(arguments: list[str] | None = None) -> int:
 def run(flags: argparse.Namespace) -> int:
     """One run from its settings, new or resumed."""
     backend.set_threads(flags.threads)
+    choice.set_instructions("auto" if flags.kernels == "plain" else flags.kernels)
     recipe = recipe_of(flags.recipe).replace(eval_range=flags.eval_range)
     augment = {key: PRESETS[flags.dataset][key] for key in ("padding", "flip")}
     train_set, test_set = data.load(flags.dataset, flags.data_dir, flags.download)
     net = models.build(flags.model, train_set.classes, recipe, flags.seed, flags.device,
                        channels=train_set.images.shape[-1])
+    if flags.kernels != "plain":
+        minifqt.fuse(net)
     train_loader = Loader(train_set, flags.batch_size, net.streams, train=True, **augment)
     test_loader = Loader(test_set, 256, net.streams, train=False)
     optimizer = minifqt.SGD(flags.momentum, flags.weight_decay)
-    job = Run(flags.out, net, optimizer, config_of(flags, recipe), flags.save_minutes)
+    job = Run(flags.out, net, optimizer, config_of(flags, recipe))
     if flags.resume:
         job.resume()
         print(f"resuming {flags.out} at epoch {job.progress.epoch + 1}, step {job.progress.step}")
@@ -93,7 +98,7 @@ def run(flags: argparse.Namespace) -> int:
         job.start()
         print(f"{flags.model} on {flags.dataset}, {flags.recipe}: {recipe}\n{flags.epochs} epochs "
               f"of {len(train_loader)} steps with {net.streams.device.__name__}, "
-              f"{backend.threads()} threads; writing {flags.out}")
+              f"{backend.threads()} threads; {choice.describe()}; writing {flags.out}")
     schedule = optim.SCHEDULES[flags.schedule](flags.lr, flags.epochs, flags.warmup)
     try:
         metrics = job.train(train_loader, test_loader, schedule, flags.epochs,
@@ -122,7 +127,7 @@ def settings(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(flags, key) is None:
             setattr(flags, key, PRESETS[flags.dataset][key])
     for key, least in (("epochs", 1), ("batch_size", 2), ("warmup", 0), ("seed", 0),
-                       ("threads", 1), ("save_minutes", 0)):
+                       ("threads", 1)):
         if not getattr(flags, key) >= least:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(flags, key)}: expected at least "
                              f"{least}.")

@@ -13,5 +13,5 @@ from minifqt.rng import NonFiniteError, Streams
 from minifqt.training import evaluate, train_step
 
 __version__ = "0.1.0"
-__all__ = ["NonFiniteError", "QTensor", "Recipe", "SGD", "Streams", "cross_entropy", "evaluate", "fuse",
-           "layers", "quantizers", "recipe", "set_threads", "train_step"]
+__all__ = ["NonFiniteError", "QTensor", "Recipe", "SGD", "Streams", "cross_entropy", "evaluate",
+           "fuse", "layers", "quantizers", "recipe", "set_threads", "train_step"]

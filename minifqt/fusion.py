@@ -1,10 +1,11 @@
 """Fusion by substitution: the same network, with fewer passes over memory and the same numbers.
 
-`fuse(net)` gives batch norms and ReLUs another class in their place; names, parameters, streams and
-every other layer stay. A fused batch norm returns a `Normalized`, which nobody has computed yet: the
-ReLU behind it notes a floor, and the next layer's activation quantizer normalises, rectifies and
-rounds in one read. Backwards the ReLU hands the batch norm a `Gated` gradient, and one pass does the
-work of both. Whoever else reads them gets plain numbers.
+`fuse(net)` gives convolutions, batch norms and ReLUs another class in their place; names,
+parameters, streams and every other layer stay. What they return is not computed yet: whoever reads
+it first computes it on the way. A convolution is added to the skip, or summed for the batch norm
+behind it, as its rows are written; batch norm and ReLU are formed by the activation quantizer of
+the next layer; backwards, the same convolution's gradient is unmixed, gated and summed in cache.
+Whoever else reads them gets plain numbers.
 """
 import numpy as np
 
@@ -95,7 +96,7 @@ FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU}
 
 
 def fuse(net: Layer) -> Layer:
-    """The network itself, fused; where nothing is compiled it works as before.  `unfuse` undoes it."""
+    """The network itself, fused; where nothing is compiled it works as before."""
     return _exchange(net, FUSED)
 
 

@@ -16,6 +16,7 @@ import models
 import train
 from data.loader import Loader
 from minifqt import backend, checkpoint, optim, training
+from minifqt.kernels.cpu import choice
 from minifqt.run import interruptible
 
 ROOT = Path(__file__).parents[1]
@@ -272,10 +273,22 @@ def test_every_flag_of_the_run_acts(flag):
 
 def test_the_other_flags_are_covered_by_name():
     flags = set(vars(train.parser().parse_args([])))
-    elsewhere = {"dataset", "data_dir", "download", "device", "threads", "out", "resume",
-                 "save_minutes"}
+    elsewhere = {"dataset", "data_dir", "download", "device", "threads", "out", "resume", "kernels"}
     assert flags == set(CHANGES) | elsewhere
     assert len(flags) <= 20
+
+
+@pytest.mark.usefixtures("small")
+def test_kernels_are_chosen_and_change_no_number(capsys):
+    base = ["--epochs", "1", "--out"]
+    try:
+        for name in ("plain", *choice.supported()):
+            assert train.main([*base, name, "--kernels", name]) == 0
+            assert name == "plain" or choice.instructions() == name
+            assert outcome(name) == outcome("plain")
+    finally:
+        choice.set_instructions("auto")
+    assert "NumPy and BLAS, as asked" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("small")
@@ -343,7 +356,6 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(capsys):
     (["--label-smoothing", "1"], "smoothing in"),
     (["--threads", "0"], "--threads 0: expected at least 1"),
     (["--seed", "-1"], "--seed -1: expected at least 0"),
-    (["--save-minutes", "nan"], "--save-minutes nan"),
     (["--resume", "nowhere"], "there is no such checkpoint"),
     (["--lr", "1e30", "--epochs", "1"], "last.safetensors is the last good checkpoint"),
 ])

@@ -1,4 +1,4 @@
-"""A linear layer's three products: laws checked here, sums in cpu/ or blas.py (plain: reference)."""
+"""A linear layer's three products: laws checked here, sums in cpu/ or blas.py; see reference.py."""
 import numpy as np
 
 from minifqt.backend import array_module

@@ -1,4 +1,4 @@
-"""Arrays that know more than numbers: what was learned while they were written, or how to write them.
+"""Arrays that know more than numbers: what was learned as they were written, or how to write them.
 
 `Seen` remembers its ranges and sums, so that nobody reads it again to find out. `Lazy` is not
 computed before somebody reads it, and who reads it may compute it on the way: rounded, added to

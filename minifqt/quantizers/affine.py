@@ -24,7 +24,7 @@ def as_rows(x: Array, rows: int) -> Array:
 
 
 def finite_ranges(x: Array, rows: int, stream: Stream | None = None) -> tuple[Array, Array]:
-    """Minimum and maximum of each row, (rows, 1).  NonFiniteError names the stream ("x" if None)."""
+    """Minimum and maximum of each row, (rows, 1).  NonFiniteError names the stream, "x" if None."""
     low, high = rounding.known_ranges(x, rows) or rounding.row_ranges(as_rows(x, rows))
     stream = stream or Streams(0).stream("x")
     stream.require_finite((array_module(x).isfinite(low) & array_module(x).isfinite(high)).all())

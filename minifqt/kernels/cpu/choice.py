@@ -21,7 +21,7 @@ WORD = 4                                                  # bytes of contraction
 
 
 class Isa(NamedTuple):
-    """An instruction set: int32 sums in a vector, how codes are stored, features as LLVM's names."""
+    """An instruction set: int32 sums in a vector, how codes are stored, features (LLVM's names)."""
 
     name: str
     lanes: int

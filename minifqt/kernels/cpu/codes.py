@@ -1,7 +1,7 @@
 """Noise, the one rounding, and the ranges it needs, compiled: one read of the input each.
 
-Float operations are those of reference.py one by one, each rounded once (nothing is contracted), and
-the noise is NumPy's Philox, made where it is used: the codes are the same bits. Next: norms.py.
+Float operations are those of reference.py one by one, each rounded once (nothing is contracted),
+and the noise is NumPy's Philox, made where it is used: the codes are the same bits. Next: norms.py.
 """
 import numpy as np
 from numba import njit
@@ -10,7 +10,7 @@ from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
 from minifqt.rng import INCREMENTS, MULTIPLIERS
 
-CHUNK = 2048                                              # elements rounded from one buffer of noise
+CHUNK = 2048                                              # elements from one buffer of noise
 BLOCKS = CHUNK // 16 + 1                                  # of Philox, 16 values each
 M0_LOW, M1_LOW = (np.uint64(v & 0xFFFFFFFF) for v in MULTIPLIERS)
 M0_HIGH, M1_HIGH = (np.uint64(v >> 32) for v in MULTIPLIERS)
@@ -43,14 +43,15 @@ def philox_blocks(key, step, first, count, state, words):
     c0, c1, c2, c3 = state[0], state[1], state[2], state[3]
     for i in range(count):
         c0[i], c1[i], c2[i], c3[i] = first + i + 1, step, 0, 0
-    for _ in range(5):                                    # two rounds a turn: half the memory traffic
+    for _ in range(5):                                    # two rounds a turn: half the traffic
         for i in range(count):
             d0, d1, d2, d3 = philox_round(c0[i], c1[i], c2[i], c3[i], k0, k1)
             c0[i], c1[i], c2[i], c3[i] = philox_round(d0, d1, d2, d3, k0 + W0, k1 + W1)
         k0 += W0 + W0
         k1 += W1 + W1
     for i in range(count):
-        words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = c0[i], c1[i], c2[i], c3[i]
+        words[4 * i], words[4 * i + 1] = c0[i], c1[i]
+        words[4 * i + 2], words[4 * i + 3] = c2[i], c3[i]
 
 
 @compiled
@@ -155,7 +156,7 @@ def row_ranges(counter, x, low, high):
 
 @compiled
 def normalize_run(x, norm, floor, out):
-    """max(weight · ((x − mean) · inv_std) + bias, floor).  norm (4, run): mean, inv_std, weight, bias."""
+    """max(weight · ((x − mean) · inv_std) + bias, floor).  norm (4, run): these four vectors."""
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     for i in range(len(x)):
         y = weight[i] * ((x[i] - mean[i]) * inv_std[i]) + bias[i]

@@ -1,8 +1,8 @@
 """Sums over images, batch norm both ways with the ReLU behind it, and sums of two arrays, compiled.
 
-Arrays (N, D) are images of pixels with C channels innermost. Vectors of a channel each come tiled to
-a `run` of a few hundred numbers, so that inner loops are long and plain; every sum is float64, image
-by image. Float operations are those of kernels/norm.py one by one. Next: mixing.py.
+Arrays (N, D) are images of pixels with C channels innermost. Vectors of a channel each come tiled
+to a `run` of a few hundred numbers, so that inner loops are long and plain; every sum is float64,
+image by image. Float operations are those of kernels/norm.py one by one. Next: mixing.py.
 """
 import numpy as np
 from numba import njit
@@ -55,7 +55,7 @@ def summarize_run(x, run, s1, s2, low, high):
 
 @compiled
 def fold(s1, s2, low, high, C, n, sums, ranges):
-    """The places of a run → channels: sums[:, n] (2, N, C), ranges[:, n] (2, N, C), unless empty."""
+    """The places of a run → channels: sums[:, n], ranges[:, n], both (2, N, C), unless empty."""
     if sums.size:
         for c in range(C):
             sums[0, n, c], sums[1, n, c] = s1[c], s2[c]

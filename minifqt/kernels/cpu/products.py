@@ -1,4 +1,4 @@
-"""The three products of a layer on the CPU's integer dot products; integers equal to reference.py's.
+"""The three products of a layer on the CPU's integer dot products: the integers of reference.py.
 
 Here operands are packed, scratch is cut and zeros and scales are prepared; the sums are in sums.py.
 What int32 could not hold, and weights with a zero, go to blas.py.
@@ -54,7 +54,8 @@ def dgrad(g, w, size, stride, padding):
 
 def fits(w):
     """Signed, zero 0 as `sym` makes them, and int32 holds any sum; else BLAS does it."""
-    return w.codes.dtype == np.int8 and not w.zero.any() and w.codes[0].size <= TERMS >= w.codes[..., 0].size
+    longest = max(w.codes[0].size, w.codes[..., 0].size)  # of fprop, of dgrad
+    return w.codes.dtype == np.int8 and not w.zero.any() and longest <= TERMS
 
 
 class Correlation:
@@ -152,7 +153,8 @@ def wgrad_scratch(isa, out, C, kernel, stride, strip):
     quads = -(-Q // isa.group)
     pitch = -(-(quads * isa.group + (S - 1) // stride) // 16) * 16
     tall, wide = (strip - 1) * stride + R, pitch * stride
-    return (empty((T, tall, wide, room), "uint8"), empty((T, strip, quads * isa.group, padded), "uint8"),
+    return (empty((T, tall, wide, room), "uint8"),
+            empty((T, strip, quads * isa.group, padded), "uint8"),
             empty((T, images, tall, stride, room, pitch), isa.dtype),
             empty((T, images, strip, quads, padded), "uint32"),
             empty((T, R, S, room, padded), "int32"), empty((T, tall, wide, room), "uint16"))

@@ -1,9 +1,9 @@
 """The threads that share a compiled kernel: woken, fed and awaited without a trip through Python.
 
-A kernel begins with `me = seat(counter)` and returns at once if that is negative, takes its tasks by
-`take(counter)` and ends with `leave(counter)`. The caller works too, and waits only for those that
-have taken a seat. Between kernels a thread listens for a while, awake, before it sleeps: waking one
-costs as much as a small kernel. Next: products.py, passes.py.
+A kernel begins with `me = seat(counter)` and returns at once if that is negative, takes its tasks
+by `take(counter)` and ends with `leave(counter)`. The caller works too, and waits only for those
+that have taken a seat. Between kernels a thread listens for a while, awake, before it sleeps: waking
+one costs as much as a small kernel. Next: codes.py, sums.py.
 """
 from queue import SimpleQueue
 from threading import Thread

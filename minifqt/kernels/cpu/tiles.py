@@ -149,7 +149,7 @@ def _store(builder, value, address):
 
 @intrinsic
 def steps(typingctx, fixed, noise):
-    """(int32(fixed) + noise) >> 16 as uint8, float32 and uint16: in 32 bits, which numba would widen."""
+    """(int32(fixed) + noise) >> 16 as uint8, of float32 and uint16; numba alone uses 64 bits."""
     def codegen(context, builder, signature, arguments):
         total = builder.add(builder.fptosi(arguments[0], I32), builder.zext(arguments[1], I32))
         return builder.trunc(builder.ashr(total, ir.Constant(I32, 16)), ir.IntType(8))
@@ -159,7 +159,7 @@ def steps(typingctx, fixed, noise):
 
 @intrinsic
 def ordered(typingctx, x):
-    """An int32 that grows with the float32 x; its magnitude bits are largest where x is not finite."""
+    """An int32 that grows with the float32 x; outermost where x is not finite."""
     def codegen(context, builder, signature, arguments):
         bits = builder.bitcast(arguments[0], I32)
         negative = builder.ashr(bits, ir.Constant(I32, 31))
