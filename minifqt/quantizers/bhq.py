@@ -26,8 +26,8 @@ if choice.numba is not None:
     from minifqt.kernels.cpu import mixing
     from minifqt.kernels.cpu.team import share
 
-# Columns mixed at a time: 128 rows of them fit a core's cache.
-_COLUMNS = 256
+# Columns mixed at a time: 128 rows of them, in float64, fit a core's cache; compiled, fewer.
+_COLUMNS = 1024
 
 
 @register("bhq")
@@ -158,7 +158,7 @@ class Householder:
         starts, root, gain, v, order, _ = self.plan()
         source, target = (rows, order) if to_samples else (order, rows)
         largest = int(np.diff(starts).max())
-        columns = max(_COLUMNS, min(2048, 2**15 // largest))          # a group stays in cache
+        columns = max(256, min(2048, 2**15 // largest))               # a group stays in cache
         blocks = -(-(x.size // len(x)) // columns)
         ranges = np.empty((2, blocks * (not to_samples), len(x)), np.float32)
         scratch = empty((threads(), largest + 1, columns), "float64")
