@@ -97,15 +97,16 @@ class Correlation:
         return y
 
     def form_gated(self, x, norm, floor):
-        """The result with its rows unmixed, and Σ g, Σ g · x̂ of it gated, (2, strips, C)."""
+        """The result with its rows unmixed, and Σ g, Σ g · x̂ of it gated, in parts: (2, …, C)."""
         N, P, Q, K = self.shape
-        strip, y = max(1, P // 8), empty(self.shape)
-        rows = np.arange(N)
+        rows, y = np.arange(N), empty(self.shape)
         mix = (self.mix.plan() if self.mix is not None else
                (np.arange(N + 1), np.ones(N), np.ones(N), np.zeros(N), rows, np.ones(N)))
-        mixes = empty((threads(), np.diff(mix[0]).max(), strip * Q * K))
+        largest = int(np.diff(mix[0]).max())              # rows of a group, side by side in cache
+        strip = max(1, min(P, 2 * STRIP // (4 * largest * Q * K)))
+        mixes = empty((threads(), largest, strip * Q * K))
         totals = empty((threads(), strip * Q * K), "float64")
-        sums = np.empty((2, -(-P // strip), K))
+        sums = np.empty((2, (len(mix[0]) - 1) * -(-P // strip), K))
         share(correlate_gated, *self._scratch(strip), mixes, totals, *self._shape, *self._image,
               strip, *self._scales, *mix, x, norm, floor, y, sums)
         return y, sums

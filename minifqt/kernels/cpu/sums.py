@@ -135,7 +135,7 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
     mixes (threads, rows of the largest group, strip · Q · K) float32, totals (threads, …) float64
     starts .. after  as in mixing.reflect, where before and source are none
     x, norm, floor   as in norms.gradient_sums; x (N, P, Q · K)
-    sums     (2, strips, K) of each strip of rows
+    sums     (2, groups · strips, K) of each group and strip of rows
     """
     me = seat(counter)
     if me < 0:
@@ -144,31 +144,30 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
     canvas, acc, mixed, total, run = canvases[me], accs[me], mixes[me], totals[me], run_of(K)
     s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
     nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
+    strips = (P + strip - 1) // strip
     while True:
         task = take(counter)
-        if task * strip >= P:
+        if task >= (len(starts) - 1) * strips:
             break
-        top, height = task * strip, min(strip, P - task * strip)
-        s1[:], s2[:], D = 0, 0, height * Q * K
-        for group in range(len(starts) - 1):
-            first, last = starts[group], starts[group + 1]
-            for j in range(first, last):
-                place(canvas, a[j], flip, top * stride, offset, spread)
-                for p in range(height):
-                    correlate_row(rows, lanes, canvas, p * stride, stride, b, taps, acc)
-                    scale_row(acc, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
-                              mixed[j - first, p * Q * K:(p + 1) * Q * K])
+        group, top = task // strips, task % strips * strip
+        height, first, last = min(strip, P - top), starts[group], starts[group + 1]
+        s1[:], s2[:], D, at = 0, 0, height * Q * K, top * Q * K
+        for j in range(first, last):
+            place(canvas, a[j], flip, top * stride, offset, spread)
+            for p in range(height):
+                correlate_row(rows, lanes, canvas, p * stride, stride, b, taps, acc)
+                scale_row(acc, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
+                          mixed[j - first, p * Q * K:(p + 1) * Q * K])
+        if last - first > 1:
+            group_sum(mixed[:last - first], root[group], gain[group], total[:D])
+        for j in range(first, last):
+            out, row, factor = flat_y[target[j], at:at + D], mixed[j - first], after[j]
             if last - first > 1:
-                group_sum(mixed[:last - first], root[group], gain[group], total[:D])
-            for j in range(first, last):
-                out, at = flat_y[target[j]], top * Q * K
-                out, row, factor = out[at:at + D], mixed[j - first], after[j]
-                if last - first > 1:
-                    reflect_row(row, v[j], total, factor, out)
-                else:
-                    for i in range(D):
-                        out[i] = row[i] * factor
-                gradient_sums_rows(out, flat_x[target[j], at:at + D], norm, floor, run, s1, s2)
+                reflect_row(row, v[j], total, factor, out)
+            else:
+                for i in range(D):
+                    out[i] = row[i] * factor
+            gradient_sums_rows(out, flat_x[target[j], at:at + D], norm, floor, run, s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
     leave(counter)
 
