@@ -12,6 +12,7 @@ from minifqt.rng import INCREMENTS, MULTIPLIERS
 
 CHUNK = 2048                                              # elements from one buffer of noise
 BLOCKS = CHUNK // 16 + 1                                  # of Philox, 16 values each
+M0, M1 = (np.uint64(v) for v in MULTIPLIERS)
 M0_LOW, M1_LOW = (np.uint64(v & 0xFFFFFFFF) for v in MULTIPLIERS)
 M0_HIGH, M1_HIGH = (np.uint64(v >> 32) for v in MULTIPLIERS)
 W0, W1 = (np.uint64(v) for v in INCREMENTS)
@@ -19,18 +20,19 @@ compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled
+def high_word(a, low, high):
+    """The upper 64 bits of a · (2³² · high + low), by 32-bit multiplications, which vectorize."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    a, b = a & mask, a >> half
+    t = a * high + (a * low >> half)
+    return b * high + (t >> half) + (b * low + (t & mask) >> half)
+
+
+@compiled
 def philox_round(c0, c1, c2, c3, k0, k1):
-    """One round on four words, by 32-bit multiplications, which vectorize."""
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    a, b = c0 & low, c0 >> half
-    t = a * M0_HIGH + (a * M0_LOW >> half)
-    u = b * M0_LOW + (t & low)
-    h0, l0 = b * M0_HIGH + (t >> half) + (u >> half), u << half | (a * M0_LOW & low)
-    a, b = c2 & low, c2 >> half
-    t = a * M1_HIGH + (a * M1_LOW >> half)
-    u = b * M1_LOW + (t & low)
-    h1, l1 = b * M1_HIGH + (t >> half) + (u >> half), u << half | (a * M1_LOW & low)
-    return h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+    """One round on four words."""
+    return (high_word(c2, M1_LOW, M1_HIGH) ^ c1 ^ k0, c2 * M1,
+            high_word(c0, M0_LOW, M0_HIGH) ^ c3 ^ k1, c0 * M0)
 
 
 @compiled
