@@ -1,7 +1,7 @@
 """Seconds for one training step (forward, backward, SGD): minifqt's recipes next to PyTorch.
 
 All contestants take turns in one process, so that a busy moment hits them all; not a profiler.
-Without PyTorch the rest is measured and the table says what was left out. Next: digits.py.
+Without PyTorch the rest is measured and the table says what was left out. Next: roofline_cpu.py.
 """
 import argparse
 import json
@@ -16,10 +16,12 @@ sys.path.insert(0, str(machine.ROOT))                     # where minifqt, model
 import minifqt
 import models
 from minifqt import training
+from minifqt.kernels import cpu
 from models import resnet_cifar
 
 REFERENCE = "PyTorch float32 channels_last"               # all ratios are to its median
 CLASSES, LR = 10, 0.01                                    # small: there is nothing to learn
+INSTRUCTIONS = ("auto", "vnni512", "vnni256", "avx2", "numpy")
 SETTINGS = {"full": {"batch": 128, "repeats": 15, "warmup": 2},
             "quick": {"batch": 4, "repeats": 1, "warmup": 0}}
 
@@ -34,6 +36,9 @@ def parser():
     add("--warmup", type=int, help="rounds that are not timed; 2, with --quick none")
     add("--threads", type=int, default=2, help="for minifqt and for PyTorch; %(default)s")
     add("--seed", type=int, default=0, help="of weights, images and rounding; %(default)s")
+    add("--instructions", choices=INSTRUCTIONS, default="auto",
+        help="of minifqt's integer products; %(default)s, the fastest that this CPU has")
+    add("--plain", action="store_true", help="minifqt's networks as they are, not fused")
     add("--quick", action="store_true", help="tiny: shows that the script runs, measures nothing")
     add("--out", default="benchmarks/results", help="folder of the JSON file; %(default)s")
     return text
@@ -47,9 +52,12 @@ def main(arguments=None):
     if min(flags.batch - 1, flags.repeats, flags.threads, flags.warmup + 1) < 1:
         raise ValueError("--batch must be at least 2, --repeats and --threads 1, --warmup 0.")
     minifqt.set_threads(flags.threads)
+    cpu.set_instructions(flags.instructions)
     contestants, skipped = all_contestants(flags)
     result = machine.facts("step", flags.seed, flags.threads)
     result |= {key: getattr(flags, key) for key in ("model", "batch", "repeats", "warmup", "quick")}
+    result |= {"instructions": cpu.instructions(), "kernels": cpu.describe(),
+               "fused": not flags.plain}
     losses = {name: step() for name, step in contestants.items()}             # compiles, allocates
     require_the_same_network(losses)
     seconds = take_turns(contestants, flags.warmup, flags.repeats)
@@ -80,7 +88,8 @@ def all_contestants(flags):
     rng = np.random.default_rng(flags.seed)
     x = rng.standard_normal((flags.batch, 32, 32, 3), "float32")              # (N, H, W, C)
     labels = rng.integers(0, CLASSES, flags.batch)
-    contestants = {f"minifqt {recipe}": minifqt_step(flags.model, recipe, flags.seed, x, labels)
+    contestants = {f"minifqt {recipe}": minifqt_step(flags.model, recipe, flags.seed, x, labels,
+                                                     fused=not flags.plain)
                    for recipe in flags.recipes.split(",")}
     names = (REFERENCE, "PyTorch float32", "PyTorch bfloat16 channels_last")
     try:
@@ -96,9 +105,9 @@ def all_contestants(flags):
     return contestants, []
 
 
-def minifqt_step(model, recipe, seed, x, labels):
-    net, optimizer = minifqt.fuse(models.build(model, CLASSES, recipe, seed)), minifqt.SGD()
-    done = []
+def minifqt_step(model, recipe, seed, x, labels, fused=True):
+    net, optimizer = models.build(model, CLASSES, recipe, seed), minifqt.SGD()
+    net, done = minifqt.fuse(net) if fused else net, []
 
     def step():
         loss = training.train_step(net, optimizer, x, labels, LR, len(done))
@@ -130,7 +139,8 @@ def require_the_same_network(losses):
 
 def table(result):
     lines = [f"{result['model']}, batch {result['batch']}, {result['repeats']} repeats, seconds a "
-             f"step", machine.describe(result), "",
+             f"step", machine.describe(result),
+             f"minifqt: {result['kernels']}; {'fused' if result['fused'] else 'not fused'}", "",
              f"{'':32}{'median':>9}{'p10':>9}{'p90':>9}{'ratio':>8}"]
     for row in result["rows"]:
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
@@ -141,9 +151,9 @@ def table(result):
 
 
 def write(result, folder):
-    """folder/step-MODEL-DATE.json, -2, -3, … if there is one: no measurement is overwritten."""
+    """folder/KIND-MODEL-DATE.json, -2, -3, … if there is one: no measurement is overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
-    name, number = f"step-{result['model']}-{result['date'][:10]}", 1
+    name, number = f"{result['kind']}-{result['model']}-{result['date'][:10]}", 1
     path = folder / f"{name}.json"
     while path.exists():
         number += 1

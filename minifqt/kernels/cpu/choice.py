@@ -7,6 +7,9 @@
 
 All give the same integers. Next: tiles.py.
 """
+import hashlib
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -80,4 +83,17 @@ def describe() -> str:
     return f"compiled kernels, integer dot products by {_chosen}"
 
 
+def compiled(function):
+    """numba.njit without the GIL, machine code kept on disk until any file of this folder changes.
+
+    numba alone looks at the function's own file, and would keep code that calls an older tile.
+    """
+    dispatcher = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    with suppress(AttributeError):                        # a numba that keeps it elsewhere
+        dispatcher._cache._cache_file._source_stamp = _stamp
+    return dispatcher
+
+
 _chosen = supported()[0]
+_stamp = hashlib.sha256(b"".join(
+    path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()

@@ -4,8 +4,8 @@ Float operations are those of reference.py one by one, each rounded once (nothin
 and the noise is NumPy's Philox, made where it is used: the codes are the same bits. Next: norms.py.
 """
 import numpy as np
-from numba import njit
 
+from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
 from minifqt.rng import INCREMENTS, MULTIPLIERS
@@ -16,7 +16,6 @@ M0, M1 = (np.uint64(v) for v in MULTIPLIERS)
 M0_LOW, M1_LOW = (np.uint64(v & 0xFFFFFFFF) for v in MULTIPLIERS)
 M0_HIGH, M1_HIGH = (np.uint64(v >> 32) for v in MULTIPLIERS)
 W0, W1 = (np.uint64(v) for v in INCREMENTS)
-compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled

@@ -1,10 +1,8 @@
 """The row transform of BHQ, compiled: reflections of groups of rows by group sums, in cache."""
-from numba import njit
 
+from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import row_range
 from minifqt.kernels.cpu.team import leave, seat, take
-
-compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled

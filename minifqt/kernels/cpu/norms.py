@@ -5,15 +5,14 @@ to a `run` of a few hundred numbers, so that inner loops are long and plain; eve
 image by image. Float operations are those of kernels/norm.py one by one. Next: mixing.py.
 """
 import numpy as np
-from numba import njit
 
+from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import normalize_run, row_range
 from minifqt.kernels.cpu.team import leave, seat, take
 
 RUN = 512                                                 # numbers of a run of vectors: 2 kB each
 SUMS = 128                                                # of accumulators
 ZERO, ONE = np.float32(0), np.float32(1)
-compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled
@@ -201,7 +200,7 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
         n = take(counter)
         if n >= N:
             break
-        low, high = np.float32(np.inf), np.float32(-np.inf)
+        low, high, wrong = np.float32(np.inf), np.float32(-np.inf), ZERO
         for start in range(0, D, run):
             stop = min(D, start + run)
             upstream, row, out = dy[n, start:stop], x[n, start:stop], dx[n, start:stop]
@@ -214,7 +213,6 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
                 for i in range(len(row)):
                     out[i] += other[i]
             least, most = row_range(out)
-            low = least if not least >= low else low      # NaN stays
-            high = most if not most <= high else high
-        ranges[0, n, 0], ranges[1, n, 0] = low, high
+            low, high, wrong = min(low, least), max(high, most), wrong + (least - least)
+        ranges[0, n, 0], ranges[1, n, 0] = low + wrong, high + wrong          # 0, or NaN
     leave(counter)

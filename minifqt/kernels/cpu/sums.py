@@ -6,15 +6,12 @@ words. The unsigned operand holds images or gradients, the signed one weights (i
 codes of the other kind are moved by 128 privately. Who calls, and with what: products.py.
 """
 import numpy as np
-from numba import njit
 
-from minifqt.kernels.cpu.choice import WORD
+from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
 from minifqt.kernels.cpu.norms import fold, gradient_sums_rows, run_of, summarize_run
 from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import tile, turn16, words16
-
-compiled = njit(nogil=True, cache=True)
 
 
 @compiled

@@ -2,22 +2,23 @@
 
 A kernel begins with `me = seat(counter)` and returns at once if that is negative, takes its tasks
 by `take(counter)` and ends with `leave(counter)`. The caller works too, and waits only for those
-that have taken a seat. Between kernels a thread listens for a while, awake, before it sleeps: waking
-one costs as much as a small kernel. Next: codes.py, sums.py.
+that have taken a seat. Between kernels a thread listens for a while, awake, before it sleeps: to
+wake one costs as much as a small kernel. Next: codes.py, sums.py.
 """
 from queue import SimpleQueue
 from threading import Thread
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from minifqt.backend import threads
+from minifqt.kernels.cpu.choice import compiled
 
 TASKS, SEATS, LEFT, BELL = range(4)                       # what a counter (4,) int64 counts
 CLOSED = 1 << 40                                          # subtracted from the seats at the end
-PATIENCE = 20_000                                         # turns of listening, some 10 ns each
+PATIENCE = 400_000                                        # turns of listening: some 200 µs
 
 _jobs: SimpleQueue = SimpleQueue()
 _members: list[Thread] = []
@@ -94,7 +95,7 @@ def read(typingctx, cell):
     return types.int64(cell), codegen
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def close(counter):
     """No more seats; waits until all who sat have left."""
     seated = counter[SEATS]
@@ -118,7 +119,7 @@ def swap(typingctx, counter, old, new):
     return types.boolean(counter, types.int64, types.int64), codegen
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def listen(bell, heard, patience):
     """What the bell shows once it differs from what was heard, or when patience ends."""
     for _ in range(patience):
