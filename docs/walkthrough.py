@@ -322,7 +322,7 @@ Add columns four and six and drop the fraction: that is the code. A dy of exactl
 because 0 lies between two codes here; the quantizer `ptqz` moves it onto one. The noise is no
 secret: it is a function of the seed, the name of the place, the step and the position in the array.
 {by(Stream, 'f"{streams.seed}/{name}"')}
-{by(quantizers.PTQ, "codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)")}
+{by(quantizers.PTQ, "g.codes(stream, x.shape, self.bins)")}
 {by(Conv2d.backward, "gw = self.q.grad_w(dy)")}
 """
 
@@ -411,7 +411,7 @@ mixed row is led by the {order[0]}):
 ```
 {block("T", T, 3)}
 ```
-{by(Householder, "part[self.order] * self.scales[:, None]")}
+{by(Householder, "part[self.order] * scales[:, None]")}
 
 Ranges before: {listed(np.ptp(rows_in, axis=1))}. Ranges of the mixed rows:
 {listed(np.ptp(mixed, axis=1))}: nearly alike now, so no row is wasted on a range that it does not
@@ -424,7 +424,7 @@ stream has another name, so this noise is independent of that of section 5):
 |---|---|---|---|---|---|
 {chr(10).join(column)}
 
-{by(quantizers.BHQ, "codes = g.codes(stream.bits(x.shape, array_module(x)), self.bins)")}
+{by(quantizers.BHQ, "g.codes(stream, x.shape, self.bins)")}
 {by(Conv2d.backward, "gx = self.q.grad_x(dy)")}
 
 T can be inverted, so the four numbers on the right can be turned back into four images:
