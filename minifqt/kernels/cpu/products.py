@@ -117,7 +117,7 @@ class Correlation:
         wide, S = -(-Q // len(ROWS)) * len(ROWS), self._taps[1]
         canvas = ((strip - 1) * self._stride + R, (wide - 1) * self._stride + S, words * group // S)
         return (empty((threads(), *canvas), self._packed.dtype),
-                empty((threads(), wide, blocks * lanes), "int32"))
+                empty((threads(), wide * blocks * lanes), "int32"))
 
 
 def conv_wgrad(g, x, kernel, stride, padding):

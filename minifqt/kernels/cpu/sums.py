@@ -46,15 +46,15 @@ def place(canvas, a, flip, top, offset, spread):
 
 @compiled
 def correlate_row(rows, lanes, canvas, top, stride, b, taps, sums):
-    """Integer sums of one row of pixels whose first tap row is canvas[top]: sums (pixels, K').
+    """Integer sums of one row of pixels whose first tap row is canvas[top]: sums (pixels · K',).
 
     b, packed: blocks of K, filter rows, words of a filter row, lanes, group
     """
     (R, _), (blocks, _, words, width, _), M = taps, b.shape, len(rows)
-    pixel = canvas.shape[2] * b.itemsize
-    pitch, padded = canvas.shape[1] * pixel, sums.shape[1]
+    pixel, padded = canvas.shape[2] * b.itemsize, blocks * width
+    pitch = canvas.shape[1] * pixel
     for block in range(blocks):
-        for q in range(0, len(sums), M):
+        for q in range(0, len(sums) // padded, M):
             tile(rows, lanes, b, canvas.ctypes.data + top * pitch + q * stride * pixel,
                  stride * pixel, b.ctypes.data + block * R * words * width * WORD,
                  sums.ctypes.data + 4 * (q * padded + block * width), padded,
@@ -62,9 +62,8 @@ def correlate_row(rows, lanes, canvas, top, stride, b, taps, sums):
 
 
 @compiled
-def scale_row(sums, K, zero, flip, ones, scale_a, scale_b, out):
+def scale_row(total, padded, K, zero, flip, ones, scale_a, scale_b, out):
     """out (Q · K,) = float32((Σ − zero · Σb) · (scale_a · scale_b)); Σ of codes moved by flip."""
-    total, padded = sums.reshape(-1), sums.shape[1]
     if padded != K:                                       # close the gaps
         for q in range(len(out) // K):
             for k in range(K):
@@ -98,7 +97,8 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
     if me < 0:
         return
     N, P, Q, K = y.shape
-    canvas, acc, run = canvases[me], accs[me], run_of(K)
+    canvas, acc, run, padded = canvases[me], accs[me], run_of(K), b.shape[0] * b.shape[3]
+    flat_y, width = y.reshape(N, P * Q * K), Q * K
     s1, s2 = np.empty(run), np.empty(run)
     low, high = np.empty(run, np.float32), np.empty(run, np.float32)
     while True:
@@ -109,9 +109,9 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
         for top in range(0, P, strip):
             place(canvas, a[n], flip, top * stride, offset, spread)
             for p in range(top, min(P, top + strip)):
-                out = y[n, p].reshape(-1)
+                out = flat_y[n, p * width:(p + 1) * width]
                 correlate_row(rows, lanes, canvas, (p - top) * stride, stride, b, taps, acc)
-                scale_row(acc, K, zero[n], flip, b1[p], scale_a[n], scale_b, out)
+                scale_row(acc, padded, K, zero[n], flip, b1[p], scale_a[n], scale_b, out)
                 if residual.size:
                     other = residual[n, p]
                     for i in range(len(out)):
@@ -139,6 +139,7 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
         return
     N, P, Q, K = y.shape
     canvas, acc, mixed, total, run = canvases[me], accs[me], mixes[me], totals[me], run_of(K)
+    padded = b.shape[0] * b.shape[3]
     s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
     nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
     strips = (P + strip - 1) // strip
@@ -153,7 +154,7 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
             place(canvas, a[j], flip, top * stride, offset, spread)
             for p in range(height):
                 correlate_row(rows, lanes, canvas, p * stride, stride, b, taps, acc)
-                scale_row(acc, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
+                scale_row(acc, padded, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
                           mixed[j - first, p * Q * K:(p + 1) * Q * K])
         if last - first > 1:
             group_sum(mixed[:last - first], root[group], gain[group], total[:D])
