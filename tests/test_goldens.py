@@ -1,6 +1,7 @@
 """Ten losses of a tiny run for each preset: a change of numbers must be meant.
 
-`python tests/test_goldens.py` writes goldens.json anew; say so in CHANGELOG.md under Numbers.
+`PYTHONPATH=. python tests/test_goldens.py` writes goldens.json anew; say so in CHANGELOG.md under
+Numbers.
 """
 import json
 from pathlib import Path
@@ -24,8 +25,10 @@ def losses(recipe):
     return [float(minifqt.train_step(net, optimizer, x, labels, 0.02, t)) for t in range(10)]
 
 
+@pytest.mark.parametrize("instructions", ["numpy", "auto"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_ten_losses_are_the_stored_ones(recipe):
+def test_ten_losses_are_the_stored_ones(recipe, instructions, set_instructions):
+    set_instructions(instructions)
     # another BLAS adds float32 in another order, and a code of the forward pass flips now and then;
     # with integers alone, only exp, log and float32 elementwise code of the CPU can differ
     rtol = 1e-2 if recipe in ("fp32", "qat8") else 1e-3

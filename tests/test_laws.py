@@ -191,11 +191,14 @@ def test_a_small_range_on_a_large_offset_keeps_its_digits():
     assert abs(gemm.fprop(t, w) - y64).max() <= EXACT * abs(y64).max()
 
 
+@pytest.mark.parametrize("instructions", ["numpy", "auto"])
 @pytest.mark.parametrize("K", [1024, 1025, 2049, 4608])
 @pytest.mark.parametrize(("dtype", "extreme"),
                          [("uint8", 0), ("uint8", 255), ("int8", -128), ("int8", 127)])
-def test_sums_are_exact_where_float32_would_round_them(K, dtype, extreme):
+def test_sums_are_exact_where_float32_would_round_them(K, dtype, extreme, instructions,
+                                                       set_instructions):
     """1,024 products of 128 · 128 are 2²⁴: beyond, float32 cannot hold every partial sum."""
+    set_instructions(instructions)
     rng = np.random.default_rng(0)
     steps = rng.integers(0, 2, (2, 3, K))                 # codes are the extreme or one from it
     a, b = extreme + (1 if extreme <= 0 else -1) * steps
@@ -207,9 +210,12 @@ def test_sums_are_exact_where_float32_would_round_them(K, dtype, extreme):
     assert (conv.dgrad(x, turned, (1, 1), 1, 0)[:, 0, 0] == exact).all()
 
 
+@pytest.mark.parametrize("instructions", ["numpy", "auto"])
 @pytest.mark.parametrize(("dtype", "extreme"), [("uint8", 0), ("int8", -128)])
-def test_wgrad_of_131072_extreme_codes_does_not_wrap(dtype, extreme):
+def test_wgrad_of_131072_extreme_codes_does_not_wrap(dtype, extreme, instructions,
+                                                     set_instructions):
     """128 images of 32 × 32: 131,072 · 128 · 128 = 2³¹, one more than int32 holds."""
+    set_instructions(instructions)
     rng = np.random.default_rng(0)
     steps = rng.integers(0, 2, (2, 128, 32, 32, 2))
     g, x = (tensor(extreme + s, 1, extreme, dtype) for s in steps)

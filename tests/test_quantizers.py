@@ -733,13 +733,15 @@ def test_blocks_of_codes_are_their_reference_bit_for_bit(shape, bits):
     high = 5 + rng.random((shape[0], 1)).astype("float32")
     _, inv = reference.grid(low, high, bins)
     expected = reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
-    codes = rounding.affine_codes(x, low, inv, h, bins)
+    codes = rounding.affine_codes(x, low, inv, Given(h), shape, bins)
     assert codes.dtype == expected.dtype
     assert np.array_equal(codes, expected)
+    x = 4 * x                                             # some beyond the range: clipped
     for limits, dtype, code in (((0, bins), "uint8", bins // 2), ((-top, top), "int8", 0)):
         anchored = np.full_like(low, code)
         fixed = reference.anchored_fixed(x, np.zeros_like(low), inv, anchored, *limits)
-        codes = rounding.anchored_codes(x, h, np.zeros_like(low), inv, anchored, limits, dtype)
+        codes = rounding.anchored_codes(x, np.zeros_like(low), inv, anchored, Given(h), shape,
+                                        limits, dtype)
         assert codes.dtype == dtype
         assert np.array_equal(codes, reference.anchored_codes(fixed, h))
 
@@ -756,8 +758,9 @@ def test_fixed_point_is_exact_in_float32_and_clipped_at_the_top():
         assert fixed.max() <= 65536 * bins + 1 < 2**24
         beyond += (fixed > 65536 * bins).sum()
         assert (reference.round_codes(fixed, np.uint16(65535), bins) == bins).all()
-        h = np.full(x.shape, 65535, "uint16")
-        assert (rounding.affine_codes(x, low, inv, h, bins) == [[0, bins]]).all()
+        for noise in (65535, np.full(x.shape, 65535)):    # compiled, and in blocks
+            codes = rounding.affine_codes(x, low, inv, Given(noise), x.shape, bins)
+            assert (codes == [[0, bins]]).all()
         assert (make("psq", bits)(x, Given(65535)).codes == [[0, bins]]).all()
     assert beyond > 0                                     # rint's + 1 does occur
 

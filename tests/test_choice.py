@@ -1,0 +1,96 @@
+"""The CPU's instructions: chosen by name, said in one line, and never needed."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import minifqt
+import models
+from minifqt.kernels.cpu import choice
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["avx512", "", "AVX2"])
+def test_unknown_instructions_raise_and_change_nothing(name, set_instructions):
+    before = choice.instructions()
+    with pytest.raises(ValueError, match=rf"instructions '{name}': this machine has .*numpy"):
+        set_instructions(name)
+    assert choice.instructions() == before
+
+
+def test_instructions_that_this_cpu_lacks_raise(set_instructions, monkeypatch):
+    monkeypatch.setattr(choice, "supported", lambda: ["vnni256", "numpy"])
+    with pytest.raises(ValueError, match="instructions 'avx2': this machine has vnni256, numpy"):
+        set_instructions("avx2")
+
+
+@pytest.mark.parametrize(("features", "expected"), [
+    ({}, ["numpy"]),
+    ({"avx2"}, ["avx2", "numpy"]),
+    ({"avx2", "avxvnni"}, ["vnni256", "avx2", "numpy"]),
+    ({"avx2", "avx512f", "avx512bw", "avx512vl"}, ["avx2", "numpy"]),
+    ({"avx2", "avx512vnni"}, ["avx2", "numpy"]),
+    ({"avx2", "avx512vnni", "avx512vl"}, ["vnni256", "avx2", "numpy"]),
+    ({"avx2", "avx512vnni", "avx512bw"}, ["vnni512", "avx2", "numpy"])])
+def test_what_is_supported_follows_from_the_cpus_features(features, expected, monkeypatch):
+    pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
+    monkeypatch.setattr(choice.llvmlite.binding, "get_host_cpu_features",
+                        lambda: dict.fromkeys(features, True))
+    assert choice.supported() == expected
+
+
+def test_auto_is_the_fastest(set_instructions):
+    set_instructions("numpy")
+    assert choice.instructions() == "numpy"
+    assert choice.isa() is None
+    set_instructions("auto")
+    assert choice.instructions() == choice.supported()[0]
+
+
+def test_one_line_says_what_is_used_and_why(set_instructions, monkeypatch):
+    set_instructions("numpy")
+    monkeypatch.setattr(choice, "numba", "there")
+    monkeypatch.setattr(choice, "supported", lambda: ["avx2", "numpy"])
+    assert choice.describe() == "NumPy and BLAS, as asked; this CPU has avx2"
+    set_instructions("avx2")
+    assert choice.describe() == "compiled kernels, integer dot products by avx2"
+    monkeypatch.setattr(choice, "supported", lambda: ["numpy"])
+    set_instructions("auto")
+    assert choice.describe() == "NumPy and BLAS, for this CPU has neither VNNI nor AVX2"
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+sys.path[:0] = [{root!r}, {tests!r}]
+import minifqt, test_choice, train
+from minifqt.kernels.cpu import choice
+print(choice.describe())
+for fused in (False, True):
+    print(test_choice.two_steps(fused))
+"""
+
+
+def two_steps(fused):
+    """Losses of two steps on digits."""
+    train_set, _ = tiny.digits(16)
+    x, labels = train_set.images.astype("float32") / 255, train_set.labels
+    net, optimizer = models.build("resnet8", 10, "bhq5", seed=1, channels=1), minifqt.SGD()
+    net = minifqt.fuse(net) if fused else net
+    return [float(minifqt.train_step(net, optimizer, x, labels, 0.05, t)) for t in range(2)]
+
+
+def test_without_numba_everything_works_and_says_what_to_install(set_instructions):
+    script = WITHOUT_NUMBA.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 0, done.stderr
+    said, plain, fused = done.stdout.splitlines()
+    assert said.startswith("NumPy and BLAS, for numba is not there (")
+    assert said.endswith("): pip install numba")
+    set_instructions("numpy")
+    expected = str(two_steps(False))
+    assert plain == fused == expected

@@ -1,0 +1,392 @@
+"""Compiled kernels give the bits of the plain ones: products, rounding, ranges, norms, row mixing.
+
+For each of the CPU's instructions, any number of threads, and at the limits of what int32 holds.
+Which instructions there are: test_choice.py. Networks of lazy arrays: test_fusion.py.
+"""
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from given import Given
+from operands import assert_same_bits, codes, four_products, three_products, turned, weights
+
+from minifqt import NonFiniteError, QTensor, Streams, backend, quantizers
+from minifqt.kernels import blas, norm, reference, rounding, seen
+from minifqt.kernels.cpu import choice
+from minifqt.rng import Stream
+
+pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
+from minifqt.kernels.cpu import products  # noqa: E402 - numba is there
+
+COMPILED = choice.supported()[:-1]
+SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
+BITS = range(2, 9)
+SIZES = {                                                 # x, w, y, stride, padding
+    "3 channels": ((2, 9, 10, 3), (5, 3, 3, 3), (2, 9, 10, 5), 1, 1),
+    "1 x 1": ((3, 6, 5, 18), (20, 1, 1, 18), (3, 6, 5, 20), 1, 0),
+    "1 x 1, stride 2": ((3, 7, 6, 16), (32, 1, 1, 16), (3, 4, 3, 32), 2, 0),
+    "3 x 3, stride 2": ((2, 8, 9, 16), (17, 3, 3, 16), (2, 4, 5, 17), 2, 1),
+    "7 x 7, stride 2": ((2, 23, 22, 3), (16, 7, 7, 3), (2, 12, 11, 16), 2, 3),
+    "stride 3": ((2, 13, 11, 4), (6, 4, 2, 4), (2, 4, 4, 6), 3, 1),
+    "one image of one pixel": ((1, 1, 1, 5), (3, 1, 1, 5), (1, 1, 1, 3), 1, 0),
+    "one image": ((1, 12, 12, 33), (34, 3, 3, 33), (1, 12, 12, 34), 1, 1),
+    "a row of more than two tiles": ((1, 3, 37, 4), (3, 3, 3, 4), (1, 1, 35, 3), 1, 0),
+    "more images than a task": ((37, 4, 4, 2), (2, 3, 3, 2), (37, 4, 4, 2), 1, 1)}
+
+
+@pytest.fixture(params=COMPILED)
+def instructions(request, set_instructions):
+    """These instructions, while a test runs."""
+    set_instructions(request.param)
+    return request.param
+
+
+@pytest.fixture
+def both_ways(set_instructions):
+    """both_ways(function) is function() compiled, then by NumPy."""
+    def each(function):
+        set_instructions("auto")
+        compiled = function()
+        set_instructions("numpy")
+        return compiled, function()
+
+    return each
+
+
+@pytest.fixture
+def sent_to_blas(monkeypatch):
+    """Names of the products that go to blas.py, as they go."""
+    sent = []
+
+    def watched(name, function):
+        def product(*operands):
+            sent.append(name)
+            return function(*operands)
+
+        return product
+
+    for name in ("matmul", "conv_fprop", "conv_dgrad"):
+        monkeypatch.setattr(blas, name, watched(name, getattr(blas, name)))
+    return sent
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_compiled_products_equal_the_reference(seed, instructions, sent_to_blas):
+    assert_same_bits(four_products(np.random.default_rng(seed), products, weights),
+                     four_products(np.random.default_rng(seed), reference, weights))
+    assert not sent_to_blas
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("options", [
+    {"dtype": "uint8", "zero": "real", "varies": False},                      # ptq
+    {"dtype": "uint8", "zero": "real", "varies": True},                       # psq
+    {"dtype": "uint8", "zero": "none", "varies": True},
+    {"dtype": "int8", "zero": "none", "varies": False},                       # sym
+    {"dtype": "int8", "zero": "large", "varies": True}],
+    ids=lambda options: "-".join(map(str, options.values())))
+def test_compiled_products_equal_the_reference_for_each_shape_and_kind_of_codes(
+        sizes, options, instructions, sent_to_blas):
+    for extreme in (True, False):
+        assert_same_bits(*(three_products(np.random.default_rng(0), module, sizes, weights,
+                                          extreme=extreme, **options)
+                           for module in (products, reference)))
+    assert not sent_to_blas
+
+
+@pytest.mark.parametrize("strip", [1, 100, 700])
+def test_images_larger_than_a_cache_are_cut_into_strips(strip, instructions, monkeypatch):
+    monkeypatch.setattr(products, "STRIP", strip)
+    monkeypatch.setattr(products, "IMAGES", 2)
+    for name in ("3 channels", "3 x 3, stride 2", "7 x 7, stride 2", "stride 3"):
+        assert_same_bits(*(three_products(np.random.default_rng(0), module, SIZES[name], weights)
+                           for module in (products, reference)))
+
+
+def test_codes_of_compiled_products_need_not_be_contiguous(instructions):
+    rng = np.random.default_rng(0)
+    x, w = turned(codes(rng, (4, 3, 8, 6))), turned(weights(rng, (5, 3, 3, 2)))
+    g = turned(codes(rng, (4, 5, 8, 7)))
+    a, b = (QTensor(t.codes[0, 1:, :, 1].T, t.scale[0, 0], t.zero[0, 0]) for t in (x, g))
+    assert not any(t.codes.flags.c_contiguous for t in (x, w, g, a))
+    b = QTensor(b.codes[:, :5], b.scale, b.zero)
+    assert_same_bits(*([
+        module.conv_fprop(x, w, 1, 1), module.conv_wgrad(g, x, (2, 3), 1, 1),
+        module.conv_dgrad(g, w, (6, 8), 1, 1), module.matmul(a, b)]
+        for module in (products, reference)))
+
+
+def long_rows(terms):
+    """Two rows whose product is as far from 0 as it can be, and its scale."""
+    one = np.ones((1, 1), "float32")
+    a = QTensor(np.full((1, terms), 255, "uint8"), one, 0 * one)
+    return a, QTensor(np.full((1, terms), -128, "int8"), one, 0 * one)
+
+
+def long_images(a, b):
+    """The same as images of one pixel."""
+    def image(t):
+        return QTensor(t.codes[:, None, None], *(v[:, None, None] for v in (t.scale, t.zero)))
+
+    return image(a), image(b)
+
+
+def test_at_the_bound_int32_still_holds_the_sums(instructions, sent_to_blas):
+    a, b = long_rows(products.TERMS)
+    exact = np.float32(-255.0 * 128 * products.TERMS)
+    assert 2**31 - 2 * 255 * 128 < abs(int(exact)) < 2**31
+    x, w = long_images(a, b)
+    assert products.matmul(a, b) == products.conv_fprop(x, w, 1, 0) == exact
+    g = QTensor(x.codes, x.scale, x.zero)                 # (1, 1, 1, K) and w (K, 1, 1, 1)
+    v = QTensor(w.codes.swapaxes(0, 3), w.scale, w.zero)
+    assert products.conv_dgrad(g, v, (1, 1), 1, 0) == exact
+    assert not sent_to_blas
+
+
+def test_what_int32_does_not_hold_goes_to_blas(instructions, sent_to_blas):
+    a, b = long_rows(products.TERMS + 1)
+    exact = np.float32(-255.0 * 128 * (products.TERMS + 1))
+    x, w = long_images(a, b)
+    v = QTensor(w.codes.swapaxes(0, 3), w.scale, w.zero)
+    assert (products.matmul(a, b) == products.conv_fprop(x, w, 1, 0)
+            == products.conv_dgrad(x, v, (1, 1), 1, 0) == exact)
+    assert sent_to_blas == ["matmul", "conv_fprop", "conv_dgrad"]
+
+
+@pytest.mark.parametrize(("P", "Q"), [(256, 257), (300, 300), (2, 70_000)])
+def test_wgrad_of_a_large_image_of_one_channel_does_not_wrap(P, Q, instructions):
+    one = np.ones((1, 1, 1, 1), "float32")
+    x = QTensor(np.full((1, P, Q, 1), 255, "uint8"), one, 0 * one)
+    g = QTensor(np.zeros((1, P, Q, 1), "uint8"), one, 128 * one)
+    assert products.conv_wgrad(g, x, (1, 1), 1, 0) == np.float32(-255.0 * 128 * P * Q)
+
+
+def test_weights_with_a_zero_go_to_blas_and_are_right(instructions, sent_to_blas):
+    for options in ({"zero": "real", "dtype": "int8"}, {"zero": "none", "dtype": "uint8"}):
+        def loaded(rng, shape, free, options=options):
+            return codes(rng, shape, free, **options)
+
+        assert_same_bits(*(three_products(np.random.default_rng(0), module, SIZES["1 x 1"], loaded)
+                           for module in (products, reference)))
+    assert sent_to_blas == 2 * ["conv_fprop", "conv_dgrad"]
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_compiled_product(on_threads):
+    def results():
+        rng = np.random.default_rng(0)
+        return [*four_products(rng, products, weights),
+                *three_products(rng, products, SIZES["7 x 7, stride 2"], weights),
+                *three_products(rng, products, SIZES["more images than a task"], weights)]
+
+    one, two, four = on_threads(results)
+    assert_same_bits(one, two)
+    assert_same_bits(one, four)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (9, 7, 6, 5), (65, 4, 4, 16)])
+def test_the_number_of_threads_changes_no_bit_of_a_compiled_sum(shape, on_threads):
+    rng, C = np.random.default_rng(0), shape[-1]
+    x, dy = rng.standard_normal((2, *shape), dtype="float32")
+    vectors = rng.standard_normal((4, C), dtype="float32")
+
+    def results():
+        return [*norm.statistics(x), norm.channel_sum(x), norm.normalize(x, *vectors),
+                *norm.backward(dy, x, *vectors[:3]), seen.add(x, dy), *seen.summary(x)]
+
+    one, two, four = on_threads(results)
+    assert_same_bits(one, two)
+    assert_same_bits(one, four)
+
+
+def test_a_kernel_shared_by_more_threads_than_cores_leaves_nothing_undone():
+    rng, before = np.random.default_rng(0), backend.threads()
+    backend.set_threads(4)
+    try:
+        for _ in range(300):
+            x, y = rng.standard_normal((2, 9, 2, 2, 16), dtype="float32")
+            z = seen.add(x, y)
+            assert (np.asarray(z) == x + y).all()
+            assert (z.summary.ranges[1].max(axis=0) == (x + y).max(axis=(0, 1, 2))).all()
+    finally:
+        backend.set_threads(before)
+
+
+def test_two_python_threads_may_multiply_at_once():
+    def result(seed):
+        return four_products(np.random.default_rng(seed), products, weights)
+
+    with ThreadPoolExecutor(2) as pool:
+        at_once = list(pool.map(result, range(60)))
+    for seed, fast in enumerate(at_once):
+        assert_same_bits(fast, result(seed))
+
+
+# ---- noise and rounding --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [
+    (1, 1), (1, 15), (1, 17), (3, 5), (7, 2047), (2, 2049), (5, 4099), (1, 70_001), (300, 13)])
+@pytest.mark.parametrize("step", [0, 1, 2**40 + 3])
+def test_compiled_noise_is_numpys_philox_wherever_a_row_begins(shape, step):
+    """Each code tells whether its noise is below a random threshold."""
+    rng, stream = np.random.default_rng(0), Streams(7).stream("layer1.0.conv1.grad_x")
+    stream.streams.step = step
+    x = rng.uniform(0, 1, shape).astype("float32")
+    low, inv = np.zeros((shape[0], 1), "float32"), np.full((shape[0], 1), 65536 * 255, "float32")
+    plain = reference.round_codes(reference.fixed_point(x, low, inv), stream.bits(shape), 255)
+    assert (rounding.affine_codes(x, low, inv, stream, shape, 255) == plain).all()
+
+
+def test_a_stream_with_bits_of_its_own_is_heeded():
+    class Constant(Stream):
+        def bits(self, shape, xp=np, offset=0):
+            return xp.full(shape, 65535, "uint16")
+
+    x = np.random.default_rng(0).standard_normal((5, 40), dtype="float32")
+    q = quantizers.create("psq", 8)
+    assert (q(x, Constant(Streams(0), "x")).codes == q(x, Given(65535)).codes).all()
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("data", ["normal", "outlier", "offset", "tiny", "constant rows", "signs"])
+def test_compiled_codes_are_those_of_numpy_for_any_noise_and_width(name, data, both_ways):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((9, 5, 3, 7)).astype("float32")
+    if data == "outlier":
+        x[2, 3, 1, 4] = 1e6
+    if data == "offset":
+        x = (1000 + x).astype("float32")
+    if data == "tiny":
+        x *= np.float32(2.0**-120)
+    if data == "constant rows":
+        x[1], x[2], x[3] = 0, 2.5, -0.0
+    if data == "signs":
+        x *= np.array([1, -1, 3] * 3, "float32")[:, None, None, None]
+        x[::3] = abs(x[::3])
+    for bits in BITS:
+        for noise in (0, 32768, 65535, None):
+            def quantized(bits=bits, noise=noise):
+                stream = Streams(0).stream("x") if noise is None else Given(noise)
+                t = quantizers.create(name, bits)(x, stream)
+                return [t.codes, t.scale, t.zero, t.dequantize()]
+
+            assert_same_bits(*both_ways(quantized))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 63), (1, 65), (1, 99_999), (3, 40), (70, 9)])
+def test_compiled_ranges_are_the_minimum_and_maximum_of_each_row(shape):
+    x = np.random.default_rng(0).standard_normal(shape, dtype="float32")
+    for rows in (x, abs(x), -abs(x), x * np.float32(2.0**-140), x * 0, x * -0.0):
+        low, high = rounding.row_ranges(rows)
+        assert (low == rows.min(axis=1, keepdims=True)).all()
+        assert (high == rows.max(axis=1, keepdims=True)).all()
+
+
+@pytest.mark.parametrize("bad", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7F800000,
+                                 0xFF800000],
+                         ids=["nan", "-nan", "smallest nan", "last nan", "inf", "-inf"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 63), (1, 1000), (5, 9), (3, 4099)])
+def test_compiled_ranges_miss_nothing_that_is_not_finite(bad, shape):
+    rng = np.random.default_rng(0)
+    for row in {0, shape[0] - 1}:
+        for place in {0, shape[1] // 2, shape[1] - 1}:
+            x = rng.standard_normal(shape, dtype="float32")
+            x.view(np.uint32)[row, place] = bad
+            for spec in ("ptq", "psq"):
+                with pytest.raises(NonFiniteError, match="^x: NaN or infinity"):
+                    quantizers.create(spec, 8)(x, Streams(0).stream("x"))
+
+
+def test_the_largest_finite_numbers_are_finite():
+    x = np.array([[np.finfo("float32").max, np.finfo("float32").min, 0]], "float32")
+    assert np.isfinite(rounding.row_ranges(x)).all()
+
+
+# ---- norms and row mixing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [
+    (2, 1), (7, 5), (4, 600), (3, 5, 6, 1), (5, 7, 3, 3), (4, 9, 9, 16), (3, 2, 2, 130),
+    (2, 3, 1, 513), (40, 8, 8, 64)])
+def test_compiled_norms_have_the_bits_of_numpys(shape, both_ways):
+    rng, C = np.random.default_rng(0), shape[-1]
+    x, dy = rng.standard_normal((2, *shape), dtype="float32")
+    x = np.float32(3) * x + np.float32(5)
+    weight, bias = rng.standard_normal((2, C), dtype="float32")
+
+    def results():
+        mean, var = norm.statistics(x)
+        inv_std = 1 / np.sqrt(var + np.float32(1e-5))
+        return [mean, var, norm.normalize(x, mean, inv_std, weight, bias),
+                *norm.backward(dy, x, mean, inv_std, weight),
+                norm.channel_sum(dy).astype("float32")]
+
+    assert_same_bits(*both_ways(results))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 9), (3, 5), (40, 300), (17, 3, 5, 8), (128, 700)])
+def test_compiled_row_mixing_has_the_bits_of_numpys(shape, both_ways):
+    rng, per_row = np.random.default_rng(0), (shape[0], *(1,) * (len(shape) - 1))
+    x = rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(per_row))
+    x = x.astype("float32")
+
+    def results():
+        t = quantizers.create("bhq", 5)(x, Streams(0).stream("x"))
+        if t.mix is None:
+            return [t.codes]
+        return [t.codes, t.scale, t.zero, t.mix.apply(x), t.mix.undo(x), *t.mix.apply_rescaled(x)]
+
+    assert_same_bits(*both_ways(results))
+
+
+def test_what_a_compiled_norm_gets_that_is_not_finite_stays_so(both_ways):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 4, 3, 3, 8), dtype="float32")
+    x[1, 2, 1, 3], dy[2, 1, 1, 5] = np.nan, np.nan
+    vectors = [np.ones(8, "float32")] * 3
+
+    def results():
+        with np.errstate(invalid="ignore"):
+            y = norm.normalize(x, *vectors, vectors[0])
+            dx, dweight, dbias = norm.backward(dy, x, *vectors)
+        return [np.isnan(v) for v in (y, dx, dweight, dbias, norm.channel_sum(x))]
+
+    compiled, plain = both_ways(results)
+    assert_same_bits(compiled, plain)
+    assert all(v.any() for v in plain)
+
+
+# ---- memory that is used again -------------------------------------------------------------------
+
+
+def test_memory_is_never_lent_twice_at_a_time():
+    """Arrays of a few sizes come and go in random order; what lives keeps what it was given."""
+    rng, living = np.random.default_rng(0), []
+    for turn in range(3000):
+        if living and rng.random() < 0.5:
+            array, expected = living.pop(rng.integers(len(living)))
+            assert (array == expected).all()
+            continue
+        shape = (int(rng.choice([100, 5000, 8192, 20_000])), int(rng.integers(1, 3)))
+        array = backend.empty(shape, "int32")
+        array[:] = turn
+        if rng.random() < 0.3:                            # a view keeps the whole alive
+            array = array.T[..., 1::2].view("float32")
+            expected = np.int32(turn).view("float32")
+        else:
+            expected = turn
+        living.append((array, expected))
+
+
+def test_memory_that_was_let_go_is_used_again(monkeypatch):
+    size = 123_457
+    address = backend.empty((size,), "uint8").ctypes.data
+    monkeypatch.setattr(backend, "_new_memory", None)     # would raise
+    again = backend.empty((size,), "uint8")
+    assert again.ctypes.data == address
