@@ -54,7 +54,7 @@ class FusedBatchNorm2d(BatchNorm2d):
         y, *rest = self.saved()
         if rest:                                          # the plain forward's
             self.save(y, *rest)
-            return super().backward(np.asarray(dy))
+            return super().backward(dy.array() if isinstance(dy, Lazy) else dy)
         if dy.shape != y.shape:
             raise ValueError(self.mismatch(dy, y))
         if isinstance(dy, Gated) and dy.gate.source is y:

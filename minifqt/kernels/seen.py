@@ -28,6 +28,22 @@ class Seen(np.ndarray):
 
     summary: Summary | None = None
 
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
+        if any(isinstance(v, Lazy) for v in inputs):
+            return NotImplemented
+        for array in out:
+            if isinstance(array, Seen):
+                array.summary = None                      # it is written to
+        plain = [v.view(np.ndarray) if isinstance(v, Seen) else v for v in (*inputs, *out)]
+        if out:
+            options["out"] = tuple(plain[len(inputs):])
+        result = getattr(ufunc, method)(*plain[:len(inputs)], **options)
+        return out[0] if len(out) == 1 else result
+
+    def __setitem__(self, index, value):
+        self.summary = None
+        super().__setitem__(index, value)
+
     def __add__(self, other):
         return NotImplemented if isinstance(other, Lazy) else add(self, other)
 
@@ -60,6 +76,9 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
     def astype(self, dtype, copy=True):
         """An array of this dtype."""
         return self.array().astype(dtype, copy=copy)
+
+    def __getitem__(self, index):
+        return self.array()[index]
 
     def __len__(self):
         return self.shape[0]

@@ -197,6 +197,7 @@ class BoundActivation(Bound):
         self.training, self.eval_range, self.calibrated = True, eval_range, False
 
     def __call__(self, x: Array) -> QTensor:
+        x = x.array() if isinstance(x, Lazy) and not self.quantizer.reads_normalized else x
         if not self.has_range or (not self.training and self.eval_range == "batch"):
             return super().__call__(x)
         if self.training:

@@ -161,4 +161,4 @@ def normalize_run(x, norm, floor, out):
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     for i in range(len(x)):
         y = weight[i] * ((x[i] - mean[i]) * inv_std[i]) + bias[i]
-        out[i] = y if y > floor else floor
+        out[i] = floor if y < floor else y                # NaN stays

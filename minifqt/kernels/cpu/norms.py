@@ -67,6 +67,10 @@ def fold(s1, s2, low, high, C, n, sums, ranges):
         for i in range(C, len(low)):
             ranges[0, n, i % C] = min(ranges[0, n, i % C], low[i])
             ranges[1, n, i % C] = max(ranges[1, n, i % C], high[i])
+        if sums.size:
+            for c in range(C):                            # NaN escapes comparisons, not sums
+                if not np.isfinite(sums[0, n, c]):
+                    ranges[0, n, c] = ranges[1, n, c] = np.nan
 
 
 @compiled

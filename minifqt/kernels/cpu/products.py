@@ -125,7 +125,9 @@ def conv_wgrad(g, x, kernel, stride, padding):
     isa, (N, P, Q, K), (_, H, W, C), (R, S) = choice.isa(), g.shape, x.shape, kernel
     flip_g, flip_x = (np.uint8(128 if t.codes.dtype == moved else 0)
                       for t, moved in ((g, np.uint8), (x, np.int8)))
-    strip = max(1, min(P, STRIP // (Q * max(C, K))))
+    if Q > TERMS:
+        return blas.conv_wgrad(g, x, kernel, stride, padding)
+    strip = max(1, min(P, STRIP // (Q * max(C, K)), TERMS // Q))
     scratch = wgrad_scratch(isa, (P, Q, K), C, kernel, stride, strip)
     total = np.zeros((threads(), *scratch[4].shape[1:]), np.int64)
     x1 = np.zeros((threads(), R, S, C), np.int64)
