@@ -13,8 +13,9 @@ test:                                   # everything that .ci/run tests, but for
 mutants:                                # plants each error of tests/mutants.txt in a copy
 	$(PYTHON) tests/mutants.py
 
-bench:                                  # seconds per training step beside PyTorch's
+bench:                                  # seconds per step beside PyTorch's, and what limits them
 	$(PYTHON) benchmarks/step.py
+	$(PYTHON) benchmarks/roofline_cpu.py
 
 results:                                # the table of the embedded set, resumable
 	$(PYTHON) benchmarks/digits.py
