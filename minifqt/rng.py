@@ -14,7 +14,7 @@ from minifqt.backend import Array, array_module, map_blocks, to_cpu
 HALF = 32768                                              # as noise everywhere it rounds to nearest
 _CHUNK = 1 << 16                                          # Philox blocks (of 16 values) in one task
 _LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
-MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)   # Salmon 2011, table 2; NumPy's philox.h
+MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)    # Salmon 2011, table 2; NumPy's philox.h
 INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 

@@ -5,6 +5,7 @@ by `take(counter)` and ends with `leave(counter)`. The caller works too, and wai
 that have taken a seat. Between kernels a thread listens for a while, awake, before it sleeps: to
 wake one costs as much as a small kernel. Next: codes.py, sums.py.
 """
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 
@@ -40,11 +41,13 @@ def share(kernel, *arguments) -> None:
 
 
 def _work():
-    heard = 0
     while True:
-        heard = listen(_bell, heard, PATIENCE)
+        heard = int(_bell[0])                             # before asking: a later job rings anew
+        if _jobs.empty():
+            listen(_bell, heard, PATIENCE)
         kernel, counter, arguments = _jobs.get()
-        kernel(counter, *arguments)                       # returns at once if the caller is done
+        with suppress(Exception):                         # the caller meets it too
+            kernel(counter, *arguments)                   # returns at once if the caller is done
         del kernel, counter, arguments                    # arrays are not kept alive
 
 
@@ -53,10 +56,10 @@ def _cell(context, builder, kind, array, index):
     return builder.gep(data, [ir.Constant(ir.IntType(64), index)])
 
 
-def _add(index):
+def _add(index, count=1):
     def codegen(context, builder, signature, arguments):
         cell = _cell(context, builder, signature.args[0], arguments[0], index)
-        return builder.atomic_rmw("add", cell, ir.Constant(ir.IntType(64), 1), "acq_rel")
+        return builder.atomic_rmw("add", cell, ir.Constant(ir.IntType(64), count), "acq_rel")
 
     return codegen
 
@@ -69,12 +72,17 @@ def take(typingctx, counter):
 
 @intrinsic
 def seat(typingctx, counter):
-    """Which of the threads this is, for scratch of its own; negative if the work is done."""
+    """Which of the threads this is, for scratch of its own; negative if the work is done.
+
+    The first one rings for the others.
+    """
     def codegen(context, builder, signature, arguments):
+        mine = _add(SEATS)(context, builder, signature, arguments)
         cell = _cell(context, builder, signature.args[0], arguments[0], BELL)
         bell = builder.inttoptr(builder.load(cell), ir.IntType(64).as_pointer())
-        builder.atomic_rmw("add", bell, ir.Constant(ir.IntType(64), 1), "acq_rel")
-        return _add(SEATS)(context, builder, signature, arguments)
+        first = builder.icmp_signed("==", mine, ir.Constant(ir.IntType(64), 0))
+        builder.atomic_rmw("add", bell, builder.zext(first, ir.IntType(64)), "acq_rel")
+        return mine
 
     return types.int64(counter), codegen
 
@@ -95,34 +103,23 @@ def read(typingctx, cell):
     return types.int64(cell), codegen
 
 
+@intrinsic
+def remove_seats(typingctx, counter):
+    """How many had a seat; from now on there is none."""
+    return types.int64(counter), _add(SEATS, -CLOSED)
+
+
 @compiled
 def close(counter):
     """No more seats; waits until all who sat have left."""
-    seated = counter[SEATS]
-    while True:
-        now = read(counter[SEATS:])
-        seated = now
-        if swap(counter, now, now - CLOSED):
-            break
+    seated = remove_seats(counter)
     while read(counter[LEFT:]) < seated:
         pass
 
 
-@intrinsic
-def swap(typingctx, counter, old, new):
-    """Seats from old to new, and whether they still were old."""
-    def codegen(context, builder, signature, arguments):
-        cell = _cell(context, builder, signature.args[0], arguments[0], SEATS)
-        result = builder.cmpxchg(cell, arguments[1], arguments[2], "acq_rel", "acquire")
-        return builder.extract_value(result, 1)
-
-    return types.boolean(counter, types.int64, types.int64), codegen
-
-
 @compiled
 def listen(bell, heard, patience):
-    """What the bell shows once it differs from what was heard, or when patience ends."""
+    """Waits until the bell shows another number than what was heard, or patience ends."""
     for _ in range(patience):
         if read(bell) != heard:
             break
-    return read(bell)
