@@ -11,7 +11,7 @@ from minifqt.kernels.cpu import choice
 from minifqt.kernels.seen import Lazy, Summary, blank, images, runs, suits, summary
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import norms
+    from minifqt.kernels.cpu import codes, norms
     from minifqt.kernels.cpu.team import share
 
 _BLOCK = 1 << 16                                          # elements
@@ -136,6 +136,11 @@ class Normalized(Lazy):
     def astype(self, dtype, copy=True):
         """Itself as float32, else an array."""
         return self if dtype == self.dtype and not copy else super().astype(dtype, copy)
+
+    def rounded(self, rounding: tuple, out: np.ndarray) -> None:
+        """Writes its codes (N, D); rounding as codes.round_rows takes it, of one row."""
+        shift, inv, code, *rest = rounding
+        share(codes.round_normalized, *self.operands(), shift[0], inv[0], code[0], *rest, out)
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""

@@ -8,7 +8,6 @@ import numpy as np
 from minifqt.backend import Array, array_module, empty, map_blocks
 from minifqt.kernels import reference
 from minifqt.kernels.cpu import choice
-from minifqt.kernels.norm import Normalized
 from minifqt.kernels.reference import UNIT
 from minifqt.kernels.seen import suits
 from minifqt.rng import Stream
@@ -78,14 +77,13 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
     lowest, highest = (np.float32(UNIT * limit) for limit in limits)
     shift, inv, code = (v.astype("float32") for v in (shift, inv, UNIT * code))
     source = stream.source()
-    if source and (suits(x) or isinstance(x, Normalized)):
+    if source and (suits(x) or hasattr(x, "rounded")):    # not formed: it knows how
         out = empty(x.shape, dtype)
-        rounding = [v.reshape(-1) for v in (shift, inv, code)]
-        if isinstance(x, Normalized):
-            share(codes.round_normalized, *x.operands(), *(v[0] for v in rounding), lowest,
-                  highest, *source, out.view(np.uint8).reshape(len(x.x), -1))
+        rounding = *(v.reshape(-1) for v in (shift, inv, code)), lowest, highest, *source
+        if suits(x):
+            share(codes.round_rows, x, *rounding, out.view(np.uint8))
         else:
-            share(codes.round_rows, x, *rounding, lowest, highest, *source, out.view(np.uint8))
+            x.rounded(rounding, out.view(np.uint8).reshape(len(x), -1))
         return out
     x, h = np.asarray(x), stream.bits(shape).reshape(x.shape)
 

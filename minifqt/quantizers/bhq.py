@@ -4,6 +4,8 @@ A sample whose gradient is large would need a coarse grid of its own; reflected 
 rows it costs 1/n of the variance. The plain dense form is kernels/reference.bhq_transform; here
 nothing is larger than N × D.
 """
+from functools import cached_property
+
 import numpy as np
 
 from minifqt.backend import (
@@ -16,7 +18,7 @@ from minifqt.backend import (
 )
 from minifqt.kernels import rounding
 from minifqt.kernels.cpu import choice
-from minifqt.kernels.seen import Summary, blank, images, suits
+from minifqt.kernels.seen import Lazy, Summary, blank, images, suits
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import as_rows, finite_ranges, grid
 from minifqt.quantizers.base import Quantizer, register
@@ -137,36 +139,20 @@ class Householder:
 
     def apply_rescaled(self, x: Array) -> tuple[Array, Array]:
         """T·x / 2^exponent and the exponent (N, 1): near 1 whatever the size of x."""
-        scales = array_module(x).ldexp(self.scales, -self.exponent)
-        return self._scaled(x, scales), self.exponent[:, None]
+        scales, exponent = array_module(x).ldexp(self.scales, -self.exponent), self.exponent[:, None]
+        return Mixed(x, self, scales) if suits(x) else self._scaled(x, scales), exponent
 
     def undo(self, y: Array) -> Array:
         """T⁻¹·y = diag(1/s) · Q · y, rows back in the samples' order, in y's dtype."""
         if suits(y):
-            return self._compiled(y, self.leads * 0 + 1.0, self.undo_scales, to_samples=True)
+            return Mixed(y, self, to_samples=True).form()
         return self._by_columns(
             y, lambda part: self._to_samples(self._reflect(part) * self.undo_scales[:, None]))
 
     def _scaled(self, x, scales):
         if suits(x):
-            return self._compiled(x, scales, self.leads * 0 + 1.0, to_samples=False)
+            return Mixed(x, self, scales).form()
         return self._by_columns(x, lambda part: self._reflect(part[self.order] * scales[:, None]))
-
-    def _compiled(self, x, before, after, to_samples):
-        """The same by mixing.reflect, which also finds the mixed rows' ranges."""
-        y, rows = blank(x.shape), np.arange(len(x))
-        starts, root, gain, v, order, _ = self.plan()
-        source, target = (rows, order) if to_samples else (order, rows)
-        largest = int(np.diff(starts).max())
-        columns = max(256, min(2048, 2**15 // largest))               # a group stays in cache
-        blocks = -(-(x.size // len(x)) // columns)
-        ranges = np.empty((2, blocks * (not to_samples), len(x)), np.float32)
-        scratch = empty((threads(), largest + 1, columns), "float64")
-        share(mixing.reflect, scratch, images(x), source, before, starts, root, gain, v, target,
-              after, images(y), ranges)
-        if not to_samples:
-            y.summary = Summary(ranges.swapaxes(1, 2), None)
-        return y
 
     def plan(self):
         """starts, root, gain, v, target, after: what a kernel needs to undo T (mixing.reflect)."""
@@ -218,3 +204,43 @@ class Householder:
         else:
             block(slice(None))
         return out.reshape(x.shape)
+
+
+class Mixed(Lazy):
+    """T·x for a T with these scales, or T⁻¹·x, on a CPU: its ranges and codes need no array of it.
+
+    x (N, …) float32;  scales (N,) float64, of the mixed rows
+    """
+
+    def __init__(self, x, mix: Householder, scales=None, to_samples=False):
+        super().__init__(x.shape)
+        starts, root, gain, v, order, undo_scales = mix.plan()
+        rows, ones = np.arange(len(x)), np.ones(len(x))
+        self.x, groups = images(x), (starts, root, gain, v)
+        self.operands = ((rows, ones, *groups, order, undo_scales) if to_samples else
+                         (order, scales, *groups, rows, ones))
+        # Columns are cut for the threads where groups are few.
+        self.parts = max(1, min(-(-32 // len(root)), self.x.shape[1] // mixing.CHUNK))
+
+    def form(self) -> np.ndarray:
+        """Its numbers.  (N, …)."""
+        y = blank(self.shape)
+        self._pass(out=images(y))
+        return y
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Its rows' ranges."""
+        ranges = np.empty((2, len(self), self.parts), np.float32)
+        self._pass(ranges=ranges)
+        return Summary(ranges, None)
+
+    def rounded(self, rounding: tuple, out: np.ndarray) -> None:
+        """Writes its codes (N, D); rounding as codes.round_rows takes it."""
+        self._pass(rounding=(*rounding, out))
+
+    def _pass(self, out=None, ranges=None, rounding=None):
+        out, ranges, rounding = (none if wanted is None else wanted for wanted, none in
+                                 zip((out, ranges, rounding), mixing.NOTHING, strict=True))
+        totals = empty((threads(), mixing.CHUNK), "float64")
+        share(mixing.reflect, totals, self.x, *self.operands, self.parts, out, ranges, *rounding)

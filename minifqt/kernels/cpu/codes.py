@@ -16,6 +16,7 @@ M0, M1 = (np.uint64(v) for v in MULTIPLIERS)
 M0_LOW, M1_LOW = (np.uint64(v & 0xFFFFFFFF) for v in MULTIPLIERS)
 M0_HIGH, M1_HIGH = (np.uint64(v >> 32) for v in MULTIPLIERS)
 W0, W1 = (np.uint64(v) for v in INCREMENTS)
+NOTHING_YET = np.int32(2**31 - 1), np.int32(-2**31)       # the range of no number, as `widen` takes it
 
 
 @compiled
@@ -123,19 +124,32 @@ def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest,
 
 
 @compiled
-def row_range(row):
-    """Minimum and maximum of a row, NaN twice where a number is not finite.
+def widen(row, low, high):
+    """low .. high, as `ordered` integers, widened to hold a row's numbers.
 
     By integers in the same order: a reduction of floats would not vectorize, for NaN's sake.
     """
-    low = high = ordered(row[0])
+    low, high = np.int32(low), np.int32(high)
     for i in range(len(row)):
         key = ordered(row[i])
         low = key if key < low else low
         high = key if key > high else high
+    return low, high
+
+
+@compiled
+def range_of(low, high):
+    """The two numbers that `widen` found, NaN twice where one was not finite."""
     if high >= 0x7F800000 or low <= -0x7F800001:          # an infinity, or NaN beyond it
         return np.float32(np.nan), np.float32(np.nan)
     return float_of(low), float_of(high)
+
+
+@compiled
+def row_range(row):
+    """Minimum and maximum of a row, NaN twice where a number is not finite."""
+    low, high = widen(row, *NOTHING_YET)
+    return range_of(low, high)
 
 
 @compiled

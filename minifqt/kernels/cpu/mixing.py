@@ -1,58 +1,85 @@
 """The row transform of BHQ, compiled: reflections of groups of rows by group sums, in cache."""
+import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
-from minifqt.kernels.cpu.codes import row_range
+from minifqt.kernels.cpu.codes import BLOCKS, NOTHING_YET, noise_of, range_of, round_run, widen
 from minifqt.kernels.cpu.team import leave, seat, take
 
+CHUNK = 512                                               # columns of a group at a time, in cache
+# out, ranges and rounding of `reflect` where nobody asks for them
+NOTHING = (np.empty((0, 0), np.float32), np.empty((2, 0, 1), np.float32),
+           (*np.empty((3, 0), np.float32), np.float32(0), np.float32(0),
+            np.frombuffer(bytes(16), np.uint64), 0, -1, np.empty((0, 0), np.uint8)))
+
 
 @compiled
-def group_sum(y, root, gain, total):
-    """total = (y₁ − Σy · root) · gain for the rows y (n, D) of a group, float64, row by row."""
+def group_sum(x, source, before, left, right, root, gain, total):
+    """total = (y₁ − Σy · root) · gain over y_j = x[source[j], left:right] · before[j], float64."""
+    n, lead, scale = len(source), x[source[0], left:right], before[0]
     for i in range(len(total)):
-        total[i] = y[0, i]
-    for j in range(1, len(y)):
-        row = y[j]
+        total[i] = lead[i] * scale
+    for j in range(1, n - 1, 2):                          # in order, two rows a turn
+        one, other = x[source[j], left:right], x[source[j + 1], left:right]
+        p, q = before[j], before[j + 1]
         for i in range(len(total)):
-            total[i] += row[i]
-    lead = y[0]
+            total[i] = (total[i] + one[i] * p) + other[i] * q
+    if n % 2 == 0:
+        one, p = x[source[n - 1], left:right], before[n - 1]
+        for i in range(len(total)):
+            total[i] += one[i] * p
     for i in range(len(total)):
-        total[i] = (lead[i] - total[i] * root) * gain
+        total[i] = (lead[i] * scale - total[i] * root) * gain
 
 
 @compiled
-def reflect_row(row, v, total, factor, out):
-    """out = (row − v · total) · factor."""
+def reflect_row(row, before, v, total, after, out):
+    """out = (row · before − v · total) · after."""
     for i in range(len(out)):
-        out[i] = (row[i] - v * total[i]) * factor
+        out[i] = (row[i] * before - v * total[i]) * after
 
 
 @compiled
-def reflect(counter, scratch, x, source, before, starts, root, gain, v, target, after, out, ranges):
-    """out[target[j]] = reflect_row of y_j = x[source[j]] · before_j, in groups between `starts`.
+def reflect(counter, totals, x, source, before, starts, root, gain, v, target, after, parts, out,
+            ranges, shift, inv, code, lowest, highest, key, step, constant, codes):
+    """y[target[j]] = reflect_row of x[source[j]], in groups of rows between `starts`.
 
-    scratch  (threads, rows of the largest group + 1, columns of a block) float64
-    ranges   (2, blocks, N) of what was written; empty if nobody asks
+    totals  (threads, CHUNK) float64, scratch
+    parts   into which columns are cut, for the threads to share
+    What is asked for, the rest being empty: out, y itself (N, D); ranges (2, N, parts) of y; codes
+    (N, D) of y, as codes.round_rows takes shift .. constant. Nobody else sees y outside the cache.
     """
     me = seat(counter)
     if me < 0:
         return
-    (_, D), columns = x.shape, scratch.shape[2]
-    blocks, y, total = (D + columns - 1) // columns, scratch[me, 1:], scratch[me, 0]
+    N, D = x.shape
+    low, high = np.empty(N, np.int32), np.empty(N, np.int32)
+    y, state = np.empty(CHUNK, np.float32), np.empty((4, BLOCKS), np.uint64)
+    words = np.empty(4 * BLOCKS, np.uint64)
     while True:
-        block = take(counter)
-        if block >= blocks:
+        task = take(counter)
+        if task >= (len(starts) - 1) * parts:
             break
-        left, right = block * columns, min(D, block * columns + columns)
-        for group in range(len(starts) - 1):
-            first, last = starts[group], starts[group + 1]
+        group, part = task // parts, task % parts
+        first, last = starts[group], starts[group + 1]
+        low[:], high[:] = NOTHING_YET
+        stop = (part + 1) * D // parts
+        for left in range(part * D // parts, stop, CHUNK):
+            right = min(stop, left + CHUNK)
+            total = totals[me, :right - left]
+            group_sum(x, source[first:last], before[first:last], left, right, root[group],
+                      gain[group], total)
             for j in range(first, last):
-                row, scaled, factor = x[source[j], left:right], y[j - first], before[j]
-                for i in range(len(row)):
-                    scaled[i] = row[i] * factor
-            group_sum(y[:last - first], root[group], gain[group], total[:right - left])
-            for j in range(first, last):
-                result = out[target[j], left:right]
-                reflect_row(y[j - first], v[j], total, after[j], result)
+                r = target[j]
+                result = out[r, left:right] if out.size else y[:right - left]
+                reflect_row(x[source[j], left:right], before[j], v[j], total, after[j], result)
                 if ranges.size:
-                    ranges[0, block, target[j]], ranges[1, block, target[j]] = row_range(result)
+                    low[j], high[j] = widen(result, low[j], high[j])
+                if codes.size:
+                    noise = noise_of(key, step, r * D + left, right - left, constant, state, words)
+                    round_run(result, noise, shift[r], inv[r], code[r], lowest, highest,
+                              codes[r, left:right])
+        if ranges.size:
+            for j in range(first, last):
+                r = target[j]
+                ranges[0, r, part], ranges[1, r, part] = range_of(low[j], high[j])
     leave(counter)

@@ -10,6 +10,7 @@ import numpy as np
 from minifqt.backend import empty, threads
 from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
+from minifqt.kernels.cpu.norms import run_of
 from minifqt.kernels.cpu.sums import correlate_gated, correlate_images, gemm_rows, wgrad_images
 from minifqt.kernels.cpu.team import share
 from minifqt.kernels.reference import first_to_last, output_size
@@ -105,7 +106,7 @@ class Correlation:
         largest = int(np.diff(mix[0]).max())              # rows of a group, side by side in cache
         strip = max(1, min(P, 2 * STRIP // (4 * largest * Q * K)))
         mixes = empty((threads(), largest, strip * Q * K))
-        totals = empty((threads(), strip * Q * K), "float64")
+        totals = empty((threads(), 4 * run_of(K)), "float64")
         sums = np.empty((2, (len(mix[0]) - 1) * -(-P // strip), K))
         share(correlate_gated, *self._scratch(strip), mixes, totals, *self._shape, *self._image,
               strip, *self._scales, *mix, x, norm, floor, y, sums)

@@ -11,7 +11,7 @@ from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
 from minifqt.kernels.cpu.norms import fold, gradient_sums_rows, run_of, summarize_run
 from minifqt.kernels.cpu.team import leave, seat, take
-from minifqt.kernels.cpu.tiles import tile, turn16, words16
+from minifqt.kernels.cpu.tiles import fetch, tile, turn16, words16
 
 
 @compiled
@@ -110,6 +110,9 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
             place(canvas, a[n], flip, top * stride, offset, spread)
             for p in range(top, min(P, top + strip)):
                 out = flat_y[n, p * width:(p + 1) * width]
+                fetch(out)
+                if residual.size:
+                    fetch(residual[n, p])
                 correlate_row(rows, lanes, canvas, (p - top) * stride, stride, b, taps, acc)
                 scale_row(acc, padded, K, zero[n], flip, b1[p], scale_a[n], scale_b, out)
                 if residual.size:
@@ -129,7 +132,8 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
                     target, after, x, norm, floor, y, sums):
     """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
 
-    mixes (threads, rows of the largest group, strip · Q · K) float32, totals (threads, …) float64
+    mixes (threads, rows of the largest group, strip · Q · K) float32; totals (threads, 4 runs)
+    float64
     starts .. after  as in mixing.reflect, where before and source are none
     x, norm, floor   as in norms.gradient_sums; x (N, P, Q · K)
     sums     (2, groups · strips, K) of each group and strip of rows
@@ -142,6 +146,7 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
     padded = b.shape[0] * b.shape[3]
     s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
     nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
+    order, ones = np.arange(len(mixed)), np.ones(len(mixed))
     strips = (P + strip - 1) // strip
     while True:
         task = take(counter)
@@ -153,19 +158,21 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
         for j in range(first, last):
             place(canvas, a[j], flip, top * stride, offset, spread)
             for p in range(height):
+                here = slice(at + p * Q * K, at + (p + 1) * Q * K)
+                fetch(flat_x[target[j], here])
+                fetch(flat_y[target[j], here])
                 correlate_row(rows, lanes, canvas, p * stride, stride, b, taps, acc)
                 scale_row(acc, padded, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
                           mixed[j - first, p * Q * K:(p + 1) * Q * K])
-        if last - first > 1:
-            group_sum(mixed[:last - first], root[group], gain[group], total[:D])
-        for j in range(first, last):
-            out, row, factor = flat_y[target[j], at:at + D], mixed[j - first], after[j]
-            if last - first > 1:
-                reflect_row(row, v[j], total, factor, out)
-            else:
-                for i in range(D):
-                    out[i] = row[i] * factor
-            gradient_sums_rows(out, flat_x[target[j], at:at + D], norm, floor, run, s1, s2)
+        for left in range(0, D, 4 * run):
+            right = min(D, left + 4 * run)
+            group_sum(mixed, order[:last - first], ones[:last - first], left, right, root[group],
+                      gain[group], total[:right - left])
+            for j in range(first, last):
+                out = flat_y[target[j], at + left:at + right]
+                reflect_row(mixed[j - first, left:right], 1.0, v[j], total, after[j], out)
+                gradient_sums_rows(out, flat_x[target[j], at + left:at + right], norm, floor, run,
+                                   s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
     leave(counter)
 
@@ -221,7 +228,7 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
             for s in range(S):                            # a tap moves x by the size of a code
                 a = left.ctypes.data + (r * stride + s % stride) * room * line + s // stride * item
                 for k in range(0, padded, width):
-                    for c in range(0, room, len(rows)):
+                    for c in range(0, x.shape[3], len(rows)):
                         tile(rows, lanes, left, a + c * line, line, right.ctypes.data + k * WORD,
                              sums[r, s, c].ctypes.data + k * 4, padded,
                              ((count, tall * stride * room * line, strip * quads * padded * WORD),

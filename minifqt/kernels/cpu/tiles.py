@@ -137,6 +137,25 @@ def turn16(typingctx, like, a, step, out, pitch):
     return types.void(like, types.intp, types.intp, types.intp, types.intp), codegen
 
 
+@intrinsic
+def fetch(typingctx, row):
+    """Asks for the memory of a contiguous array: it comes into cache while something else runs."""
+    def codegen(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        I8 = ir.IntType(8)
+        start = builder.bitcast(array.data, I8.as_pointer())
+        size = builder.mul(array.nitems, array.itemsize)
+        f = cgutils.get_or_insert_function(builder.module, ir.FunctionType(
+            ir.VoidType(), [I8.as_pointer(), I32, I32, I32]), "llvm.prefetch.p0")
+        lines = builder.udiv(builder.add(size, ir.Constant(I64, 63)), ir.Constant(I64, 64))
+        with cgutils.for_range(builder, lines) as loop:
+            line = builder.gep(start, [builder.mul(loop.index, ir.Constant(I64, 64))])
+            builder.call(f, [line, *(ir.Constant(I32, v) for v in (0, 2, 1))])   # read, into L2
+        return context.get_dummy_value()
+
+    return types.void(row), codegen
+
+
 def _load(builder, address, kind):
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = 1
