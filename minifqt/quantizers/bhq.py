@@ -25,7 +25,7 @@ from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import mixing
+    from minifqt.kernels.cpu import mixing, plans
     from minifqt.kernels.cpu.team import share
 
 # Columns mixed at a time: 128 rows of them, in float64, fit a core's cache; compiled, fewer.
@@ -95,6 +95,29 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
     return order[leader_first], group[leader_first]
 
 
+def reflections(low: Array, high: Array) -> tuple[Array, ...]:
+    """What Householder is made of: order, group, starts, count, v, λ's cube, exponent, −Q.
+
+    starts, count  (N,) of group i, N and 0 if there is none; the others (N,) of mixed rows
+    """
+    xp, N = array_module(low), len(low)
+    ranges, row = high - low, xp.arange(len(low))
+    order, group = groups(ranges, (ranges == 0) & (low != 0))
+    starts = xp.searchsorted(group, row, side="left")
+    count = xp.searchsorted(group, row, side="right") - starts
+    first, n = starts[group], count[group].astype("float64")          # each mixed row's leader
+    v = xp.where(row == first, 1, 0) - 1 / xp.sqrt(n)
+    large, small = ranges[order[first]], ranges[order[xp.minimum(first + 1, N - 1)]]
+    exponent = xp.where(large > 0, xp.frexp(large)[1], 0)
+    large, small = (xp.ldexp(large, -exponent),
+                    xp.ldexp(xp.maximum(small, 1e-30 * large), -exponent))
+    outside = 1 / xp.where(n > 1, n - xp.sqrt(n), 1)                  # −Q between two small rows
+    highest = xp.where(n == 2, xp.sqrt(0.5),
+                       xp.maximum(xp.maximum(outside, abs(1 - outside)), 1 / xp.sqrt(n)))
+    cube = xp.where(row == first, large / xp.sqrt(n), small * highest / xp.maximum(n - 1, 1))
+    return order, group, starts, count, v, xp.where((n > 1) & (cube > 0), cube, 1), exponent, outside
+
+
 class Householder:
     """The row transform T of BHQ, by group sums: y = Q · diag(s) · x in each group.
 
@@ -106,32 +129,22 @@ class Householder:
     """
 
     def __init__(self, low: Array, high: Array):
-        xp, N = array_module(low), len(low)
-        ranges, row = high - low, xp.arange(len(low))
-        self.order, self.group = groups(ranges, (ranges == 0) & (low != 0))
-        self.starts = xp.searchsorted(self.group, row, side="left")   # of group i; N if none is
-        first = self.starts[self.group]                               # (N,) each mixed row's leader
-        count = xp.searchsorted(self.group, row, side="right") - self.starts      # of each group
-        root = 1 / xp.sqrt(xp.maximum(count, 1))[:, None]
+        xp = array_module(low)
+        compiled = xp is np and choice.instructions() != "numpy"
+        found = plans.householder(low, high) if compiled else reflections(low, high)
+        self.order, self.group, self.starts, count, self._v, cube, exponent, self._outside = found
         # _reflect: v₁ = 1 − root, the others −root, and vᵀv / 2 = 1 − root
-        self._root, self._gain = root, 1 / xp.where(root < 1, 1 - root, 1)
-        self.leads, self.n = row == first, count[self.group].astype("float64")
-        self._v = xp.where(self.leads[:, None], 1, 0) - root[self.group]
-        n = self.n
-        large, small = ranges[self.order[first]], ranges[self.order[xp.minimum(first + 1, N - 1)]]
-        self.exponent = xp.where(large > 0, xp.frexp(large)[1], 0)
-        large, small = (xp.ldexp(large, -self.exponent),
-                        xp.ldexp(xp.maximum(small, 1e-30 * large), -self.exponent))
-        outside = 1 / xp.where(n > 1, n - xp.sqrt(n), 1)              # −Q between two small rows
-        highest = xp.where(n == 2, xp.sqrt(0.5),
-                           xp.maximum(xp.maximum(outside, abs(1 - outside)), 1 / xp.sqrt(n)))
-        cube = xp.where(self.leads, large / xp.sqrt(n), small * highest / xp.maximum(n - 1, 1))
-        self.scales = xp.where(n > 1, 1 / xp.cbrt(xp.where(cube > 0, cube, 1)), 1.0)
-        room = xp.where(self.exponent > 118, 32, 0)       # or a scale near 2¹²⁸ would overflow
-        self.scales, self.exponent = xp.ldexp(self.scales, -room), self.exponent - room
+        self._root = 1 / xp.sqrt(xp.maximum(count, 1))
+        self._gain, self._count = 1 / xp.where(self._root < 1, 1 - self._root, 1), count
+        room = xp.where(exponent > 118, 32, 0)            # or a scale near 2¹²⁸ would overflow
+        self.scales, self.exponent = xp.ldexp(1 / xp.cbrt(cube), -room), exponent - room
         zero_rows = ((low == 0) & (high == 0))[self.order]
         self.undo_scales = xp.where(zero_rows, 0.0, 1 / self.scales)  # what is 0 stays 0
-        self._outside = outside
+
+    @property
+    def n(self) -> Array:
+        """Size of each mixed row's group.  (N,) float64."""
+        return self._count[self.group].astype("float64")
 
     def apply(self, x: Array) -> Array:
         """T·x, (N, …), rows in mixed order, in x's dtype."""
@@ -157,19 +170,21 @@ class Householder:
     def plan(self):
         """starts, root, gain, v, target, after: what a kernel needs to undo T (mixing.reflect)."""
         groups = self.group[-1] + 1
-        return (np.append(self.starts[:groups], len(self.order)), self._root[:groups, 0],
-                self._gain[:groups, 0], self._v[:, 0], self.order, self.undo_scales)
+        return (np.append(self.starts[:groups], len(self.order)), self._root[:groups],
+                self._gain[:groups], self._v, self.order, self.undo_scales)
 
     def undo_squared(self, v: Array) -> Array:
         """(T⁻¹)²·v, squared element by element, float64.
 
         Q² is 1/n between a leader and anyone, (δ − 1/(n − √n))² between small rows.
         """
+        leads = (array_module(v).arange(len(self.group)) == self.starts[self.group])[:, None]
+        n, outside = self.n[:, None], self._outside[:, None]
+
         def squared(part):
-            sums, leads = (per_group[self.group] for per_group in self._group_sums(part))
-            n, outside = self.n[:, None], self._outside[:, None]
-            small = leads / n + outside**2 * (sums - leads - part) + (1 - outside) ** 2 * part
-            mixed = array_module(v).where(self.leads[:, None], sums / n, small)
+            sums, first = (per_group[self.group] for per_group in self._group_sums(part))
+            small = first / n + outside**2 * (sums - first - part) + (1 - outside) ** 2 * part
+            mixed = array_module(v).where(leads, sums / n, small)
             return self._to_samples(mixed * self.undo_scales[:, None] ** 2)
 
         return self._by_columns(v.astype("float64"), squared)
@@ -177,8 +192,9 @@ class Householder:
     def _reflect(self, y):
         """Q·y = y − v · (y₁ − Σy/√n) / (1 − 1/√n) in each group, in place.  (N, D) float64."""
         sums, leads = self._group_sums(y)
-        c = (leads - sums * self._root[:len(sums)]) * self._gain[:len(sums)]
-        y -= self._v * c[self.group]
+        root, gain = (f[:len(sums), None] for f in (self._root, self._gain))
+        c = (leads - sums * root) * gain
+        y -= self._v[:, None] * c[self.group]
         return y
 
     def _group_sums(self, y):
