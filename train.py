@@ -26,6 +26,9 @@ PRESETS = {                                               # CIFAR: the paper's s
 ANYTIME = ("resume", "device", "threads", "data_dir", "download", "kernels")
 
 
+DIVERGED = 3                                              # exit status
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names a default only where there is one."""
 
@@ -65,12 +68,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0; 1 after an error, which is one line that says what to do; 130, interrupted."""
+    """Exit status 0; 1 after an error (one line says what to do), 3 where the run diverged, 130."""
     try:
         return run(settings(arguments))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return DIVERGED if isinstance(error, DivergedError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -104,8 +107,8 @@ def run(flags: argparse.Namespace) -> int:
         metrics = job.train(train_loader, test_loader, schedule, flags.epochs,
                             flags.label_smoothing)
     except DivergedError as error:
-        raise RuntimeError(f"{error} {job.last} is the last good checkpoint. Start again with a "
-                           "lower --lr or more bits.") from None
+        raise DivergedError(f"{error} {job.last} is the last good checkpoint. Start again with a "
+                            "lower --lr or more bits.") from None
     again = f"python train.py --resume {flags.out}"
     if metrics is None:
         print(f"\ninterrupted and saved; go on with: {again}")
