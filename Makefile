@@ -17,8 +17,8 @@ bench:                                  # seconds per step beside PyTorch's, and
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/roofline_cpu.py
 
-results:                                # the table of the embedded set, resumable
-	$(PYTHON) benchmarks/digits.py
+results:                                # the table of the embedded digits, resumable
+	$(PYTHON) benchmarks/accuracy.py
 
 hooks:                                  # `make check` before every commit
 	printf '#!/bin/sh\nexec make check\n' > .git/hooks/pre-commit && chmod +x .git/hooks/pre-commit

@@ -21,7 +21,7 @@ KEYS = ("schema", "kind", "machine", "date", "commit", "dirty", "command", "vers
 def facts(kind: str, seed: int, threads: int) -> dict:
     """All KEYS of a result; taken at the start of a run, before the run itself loads the machine.
 
-    kind   what was measured: "step", "digits", "variance", "roofline", "scaling"
+    kind   what was measured: "step", "accuracy", "variance", "roofline", "scaling"
     dirty  whether anything but results and documents differed from the commit; None outside git
     """
     return {"schema": 1, "kind": kind, "machine": machine(),

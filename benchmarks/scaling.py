@@ -3,7 +3,7 @@
 Four parts, each a few lines of a table: milliseconds an image for each batch, the same step on one
 and more threads, peak memory, and a step fed by the loader beside one that has its batch already.
 minifqt's networks are fused. Without PyTorch the rest is measured and the table says what was left
-out. Next: digits.py.
+out. Next: accuracy.py.
 """
 import argparse
 import json

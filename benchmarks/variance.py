@@ -129,7 +129,6 @@ def draw(result, path):
     """Draw the picture; returns a line that says where it is, or what is missing."""
     try:
         from matplotlib.figure import Figure
-        from PIL import Image
     except ImportError:
         return f"{path} not drawn: matplotlib is missing; pip install -r requirements-dev.txt"
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained", facecolor="white")
@@ -146,6 +145,12 @@ def draw(result, path):
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return save_picture(figure, path)
+
+
+def save_picture(figure, path):
+    """Write it in 64 colours, for its size; returns a line that says where it is."""
+    from PIL import Image
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = io.BytesIO()
     figure.savefig(pixels)

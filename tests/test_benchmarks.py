@@ -3,9 +3,12 @@
 Nothing is measured here: the runs are as small as they can be. Each is a process of its own, as
 when a user types the command. Next: benchmarks/step.py.
 """
+import fcntl
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +20,8 @@ FACTS = {"schema", "kind", "machine", "date", "commit", "dirty", "command", "ver
          "threads"}
 KEYS = {
     "step": {"model", "batch", "repeats", "warmup", "quick", "rows", "skipped"},
-    "digits": {"recipe", "epochs", "model", "test_acc", "best_acc", "train_loss", "seconds",
-               "diverged"},
+    "accuracy": {"dataset", "model", "epochs", "recipe", "test_acc", "best_acc", "train_loss",
+                 "seconds", "diverged", "commits", "curve"},
     "variance": {"dataset", "model", "recipe", "epochs", "batch", "train_loss", "formula", "rows"},
 }
 ROWS = {
@@ -99,37 +102,152 @@ def test_the_step_benchmark_compares_the_same_network(tmp_path):
     assert losses["minifqt fp32"] != losses["PyTorch bfloat16 channels_last"]
 
 
-def test_the_digits_table_resumes_and_skips_what_is_done(tmp_path):
-    def digits(*more):
-        return run("benchmarks/digits.py", "--epochs", 1, "--workers", 1, "--recipes", "qat8",
-                   "--out", tmp_path, *more)
+# ---- accuracy.py ---------------------------------------------------------------------------------
 
-    path = tmp_path / "digits.jsonl"
-    assert "0 of 1 runs" in digits("--seeds", "0")
-    first = path.read_text()
-    assert "1 of 2 runs" in digits("--seeds", "0,1")
-    both = path.read_text()
-    assert both.startswith(first)
-    runs = [json.loads(line) for line in both.splitlines()]
-    assert [run["seed"] for run in runs] == [0, 1]
-    for result in runs:
+
+def accuracy(folder, *more):
+    """What the queue prints; a tiny one on the digits, with everything it writes in this folder."""
+    return run(*tiny_queue(folder), *more)
+
+
+def tiny_queue(folder):
+    return "benchmarks/accuracy.py", "--out", folder, "--runs", folder / "runs", "--epochs", 1
+
+
+def results(folder):
+    return [json.loads(line) for line in
+            (folder / "accuracy-digits.jsonl").read_text().splitlines()]
+
+
+def refused(*command):
+    """The error of a command that must fail, one line."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_the_queue_trains_what_is_missing_in_the_order_asked_for(tmp_path):
+    assert "0 of 1 runs" in accuracy(tmp_path, "--recipes", "qat8", "--seeds", "0")
+    first = (tmp_path / "accuracy-digits.jsonl").read_text()
+    said = accuracy(tmp_path, "--recipes", "qat8,fp32", "--seeds", "0,1")
+    assert "1 of 4 runs" in said
+    starts = [line.split()[:3] for line in said.splitlines() if line.endswith("started")]
+    assert starts == [["fp32", "seed", "0"], ["qat8", "seed", "1"], ["fp32", "seed", "1"]]
+    assert (tmp_path / "accuracy-digits.jsonl").read_text().startswith(first)
+    found = {(result["recipe"], result["seed"]): result for result in results(tmp_path)}
+    assert set(found) == {("qat8", 0), ("fp32", 0), ("qat8", 1), ("fp32", 1)}
+    for result in found.values():
         require_schema(result)
         assert result["test_acc"] > 0.2                   # one epoch already beats one in ten
-    table = digits("--seeds", "0,1", "--table")
-    mean = 50 * (runs[0]["test_acc"] + runs[1]["test_acc"])
-    assert f"| qat8 | {mean:.2f} ± " in table
-    assert path.read_text() == both
+        assert result["curve"] == {"train_loss": [result["train_loss"]],
+                                   "test_acc": [result["test_acc"]]}
+        assert result["commits"] == [result["commit"]]
+    mean = 50 * (found["qat8", 0]["test_acc"] + found["qat8", 1]["test_acc"])
+    assert f"| qat8 | {mean:.2f} ± " in accuracy(tmp_path, "--table")
+    if importlib.util.find_spec("matplotlib"):
+        accuracy(tmp_path, "--plot", tmp_path / "curves.png")
+        assert 0 < (tmp_path / "curves.png").stat().st_size < 60_000
+
+
+def interrupted(command, number, whole_group):
+    """Send the queue a signal after its first epoch, as `kill` does or a terminal."""
+    with subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, start_new_session=True) as queue:
+        for line in queue.stdout:
+            if " loss " in line:
+                break
+        (os.killpg if whole_group else os.kill)(queue.pid, number)
+        rest = queue.stdout.read()
+        assert queue.wait(60) == 130
+    assert "the same command goes on" in rest
+
+
+@pytest.mark.slow
+def test_an_interrupted_queue_goes_on_to_the_same_numbers(tmp_path):
+    settings = ("--epochs", 10, "--recipes", "bhq3", "--seeds", 7)
+    accuracy(tmp_path / "whole", *settings)
+    broken, name = tmp_path / "broken", "digits-resnet8-10epochs-bhq3-seed7"
+    for number, whole_group in ((signal.SIGTERM, False), (signal.SIGINT, True)):
+        interrupted((*tiny_queue(broken), *settings), number, whole_group)
+        log = (broken / "runs" / name / "log.txt").read_text().splitlines()
+        assert log[-1].startswith("interrupted and saved")
+    assert "bhq3 seed 7  resumed after epoch" in accuracy(broken, *settings)
+    (whole,), (result,) = results(tmp_path / "whole"), results(broken)
+    clocks = {"date", "command", "machine", "seconds"}
+    assert ({key: value for key, value in result.items() if key not in clocks}
+            == {key: value for key, value in whole.items() if key not in clocks})
+    assert len((broken / "runs" / name / "starts.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_a_run_begun_by_hand_is_adopted_and_a_diverged_one_is_a_result(tmp_path):
+    runs = tmp_path / "runs"
+    for recipe, lr, status in (("qat8", 1e30, 3), ("fp32", 0.05, 0)):
+        done = subprocess.run(
+            [sys.executable, "train.py", "--recipe", recipe, "--lr", str(lr), "--epochs", "1",
+             "--threads", "1", "--out", str(runs / recipe)], cwd=ROOT, timeout=120,
+            capture_output=True)
+        assert done.returncode == status
+        (runs / recipe).rename(runs / f"digits-resnet8-1epochs-{recipe}-seed0")
+    said = accuracy(tmp_path, "--recipes", "qat8,fp32", "--seeds", 0)
+    assert "fp32 seed 0  resumed after epoch 1" in said
+    assert "| qat8 | diverged |" in said
+    assert "unknown" in said.splitlines()[-1]             # the commit
+    found = {result["recipe"]: result for result in results(tmp_path)}
+    for result in found.values():
+        require_schema(result)
+    assert re.fullmatch(r"step \d, epoch 1: .*First not finite: .*\.", found["qat8"]["diverged"])
+    assert "checkpoint" not in found["qat8"]["diverged"]  # what to do is no result
+    assert found["qat8"]["test_acc"] is None
+    assert [result["commits"][0] for result in found.values()] == [None, None]
+    starts = {recipe: len((runs / f"digits-resnet8-1epochs-{recipe}-seed0" / "starts.jsonl")
+                          .read_text().splitlines()) for recipe in found}
+    assert starts == {"qat8": 2, "fp32": 1}               # of fp32 nothing was left to train
+    assert "2 of 2 runs" in accuracy(tmp_path, "--recipes", "qat8,fp32", "--seeds", 0)
+
+
+def test_a_run_that_fails_is_no_result_and_says_why(tmp_path):
+    folder = tmp_path / "runs" / "digits-resnet8-1epochs-fp32-seed0"
+    folder.mkdir(parents=True)
+    (folder / "last.safetensors").write_text("damaged")
+    command = (*tiny_queue(tmp_path), "--recipes", "fp32", "--seeds", 0)
+    assert "1 runs came to no result" in refused(*command)
+    assert not (tmp_path / "accuracy-digits.jsonl").exists()
+    assert "is truncated or no checkpoint" in (folder / "log.txt").read_text()
+
+
+def test_what_the_queue_cannot_do_is_one_clear_line(tmp_path):
+    command = tiny_queue(tmp_path)
+    assert "has no finished run of resnet8, 1 epochs" in refused(*command, "--table")
+    assert "no quantizer is named 'bqh'" in refused(*command, "--recipes", "fp32,bqh5")
+    assert "--download" in refused(*command, "--dataset", "cifar10", "--data-dir", tmp_path)
+    assert "--epochs 0" in refused(*command, "--epochs", 0)
+    (tmp_path / "runs").mkdir()
+    with (tmp_path / "runs" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "runs is in use by another queue" in refused(*command)
+    (tmp_path / "accuracy-digits.jsonl").write_text('{"recipe": "fp32"}\n{"recipe": "ba\n')
+    assert "accuracy-digits.jsonl, line 2 is damaged" in refused(*command)
 
 
 def test_a_diverged_run_stands_in_the_table_as_diverged(tmp_path):
-    line = {"recipe": "ptq2", "seed": 0, "epochs": 1, "test_acc": None, "diverged": "nan",
-            "commit": None, "seconds": 1.0, "machine": {"cpu": "a test"}}
+    line = {"model": "resnet8", "recipe": "ptq2", "seed": 0, "epochs": 1, "test_acc": None,
+            "diverged": "nan", "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"}}
     lines = [line, line | {"recipe": "bhq2"},
-             line | {"recipe": "bhq2", "seed": 1, "test_acc": 0.5, "diverged": None}]
-    (tmp_path / "digits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = run("benchmarks/digits.py", "--epochs", 1, "--table", "--out", tmp_path)
+             line | {"recipe": "bhq2", "seed": 1, "test_acc": 0.5, "diverged": None},
+             line | {"recipe": "bhq2", "epochs": 2}, line | {"recipe": "bhq2", "model": "resnet20"}]
+    (tmp_path / "accuracy-digits.jsonl").write_text("".join(json.dumps(line) + "\n"
+                                                            for line in lines))
+    table = accuracy(tmp_path, "--table")
     assert "| ptq |  | diverged |" in table
     assert "| bhq |  | 1 of 2 diverged, else 50.00 |" in table
+
+
+def test_the_documents_show_the_table_of_the_stored_results():
+    table = run("benchmarks/accuracy.py", "--table")
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_variance_study_writes_its_schema_and_ranks_the_quantizers(tmp_path):
