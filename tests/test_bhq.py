@@ -466,13 +466,14 @@ def test_grouping_asks_for_no_number(N):
 
 
 @each_size
-def test_building_the_transform_asks_for_no_number(N):
+def test_building_the_transform_asks_for_no_number(N, set_instructions):
+    set_instructions("numpy")                             # as a GPU does it
     x = student(N, 20)
     x[1::7], x[2::5] = 0, 3
     low, high = x.min(axis=1).astype("float64"), x.max(axis=1).astype("float64")
     mix = Householder(guard(low), guard(high))
     expected = householder(x)
-    for field in ("order", "group", "starts", "n", "leads", "scales", "undo_scales", "exponent"):
+    for field in ("order", "group", "starts", "n", "scales", "undo_scales", "exponent"):
         assert isinstance(getattr(mix, field), NoSync), field
         assert np.array_equal(bare(getattr(mix, field)), getattr(expected, field)), field
 
