@@ -11,7 +11,7 @@ from minifqt.kernels.cpu import choice
 from minifqt.kernels.seen import Lazy, Summary, blank, images, runs, suits, summary
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import codes, norms
+    from minifqt.kernels.cpu import codes, norms, plans
     from minifqt.kernels.cpu.team import share
 
 _BLOCK = 1 << 16                                          # elements
@@ -149,10 +149,10 @@ class Normalized(Lazy):
     @property
     def summary(self) -> Summary:
         """Its ranges, exact: rounding is monotone, so extremes of x become those of y."""
-        (low, high), (mean, inv_std, weight, bias) = summary(self.x).ranges, self.vectors
-        low, high = (weight * ((end - mean) * inv_std) + bias for end in (low, high))     # (N, C)
-        ranges = np.stack([np.minimum(low, high), np.maximum(low, high)])
-        return Summary(np.maximum(ranges, self.floor), None)
+        ranges = summary(self.x).ranges
+        found = np.empty_like(ranges)
+        plans.normalized_ranges(ranges, *self.vectors, self.floor, found)
+        return Summary(found, None)
 
     def backward(self, dy) -> tuple[Lazy, np.ndarray, np.ndarray]:
         """dx, dweight, dbias as above; dy counts where this is above its floor."""

@@ -75,7 +75,7 @@ def anchored_codes(x: Array, shift: Array, inv: Array, code: Array, stream: Stre
 def _codes(x, stream, shape, shift, inv, code, limits, dtype):
     """Both of the above: limiting fixed before the noise or the sum behind it gives one code."""
     lowest, highest = (np.float32(UNIT * limit) for limit in limits)
-    shift, inv, code = (v.astype("float32") for v in (shift, inv, UNIT * code))
+    shift, inv, code = (v.astype("float32", copy=False) for v in (shift, inv, UNIT * code))
     source = stream.source()
     if source and (suits(x) or hasattr(x, "rounded")):    # not formed: it knows how
         out = empty(x.shape, dtype)

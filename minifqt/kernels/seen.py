@@ -4,6 +4,7 @@
 computed before somebody reads it, and who reads it may compute it on the way: rounded, added to
 something, or gated. Everybody else sees arrays. Next: norm.py.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
     dtype = np.dtype("float32")
 
     def __init__(self, shape):
-        self.shape, self.ndim, self.size = shape, len(shape), int(np.prod(shape))
+        self.shape, self.ndim, self.size = shape, len(shape), math.prod(shape)
         self._array = None
 
     def form(self) -> np.ndarray:
@@ -116,7 +117,11 @@ def images(x: np.ndarray) -> np.ndarray:
 
 def runs(*vectors: np.ndarray) -> np.ndarray:
     """Vectors (C,) tiled to the length of a run: (count, run)."""
-    return np.tile(np.stack(vectors), (1, max(1, norms.RUN // len(vectors[0]))))
+    C = len(vectors[0])
+    tiled = np.empty((len(vectors), max(1, norms.RUN // C), C), np.float32)
+    for row, vector in zip(tiled, vectors, strict=True):
+        row[:] = vector
+    return tiled.reshape(len(vectors), -1)
 
 
 def blank(shape: tuple) -> Seen:

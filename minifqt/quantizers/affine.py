@@ -5,9 +5,13 @@ import numpy as np
 
 from minifqt.backend import Array, array_module
 from minifqt.kernels import reference, rounding
+from minifqt.kernels.cpu import choice
 from minifqt.kernels.norm import Normalized
 from minifqt.kernels.reference import UNIT
 from minifqt.rng import Stream, Streams
+
+if choice.numba is not None:
+    from minifqt.kernels.cpu import plans
 
 SMALLEST = np.float32(2.0**-149)                          # a scale below it would be 0
 
@@ -79,6 +83,11 @@ class Grid:
 def grid(x: Array, low: Array, high: Array, bins: int, exponent: Array | int = 0) -> Grid:
     """`bins` steps from low to high in each row of x (N, D); x stands for x · 2^exponent."""
     xp = array_module(x)
+    if xp is np and choice.instructions() != "numpy" and low.dtype == np.float32:
+        found = np.empty((3, *low.shape), np.float32)
+        e = np.zeros(low.shape, np.int64) if isinstance(exponent, int) else exponent
+        if plans.grid(low, high, bins, e, found):
+            return Grid(x, low, *found)
     x, low, high, e = rescaled(x, low, high)
     scale, inv = reference.grid(low, high, bins)
     e = e + exponent

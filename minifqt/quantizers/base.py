@@ -178,7 +178,11 @@ class Bound:
 
     def __call__(self, x: Array) -> QTensor:
         x = x.array() if isinstance(x, Lazy) and not self.quantizer.reads_normalized else x
-        return replace(self.quantizer(x, self.stream), name=self.name)
+        return self.named(self.quantizer(x, self.stream))
+
+    def named(self, t: QTensor) -> QTensor:
+        """t under this place's name, which errors tell."""
+        return t if t.name == self.name else replace(t, name=self.name)
 
     def __str__(self):
         return self.spec
@@ -207,7 +211,7 @@ class BoundActivation(Bound):
             self.range = (self.range + xp.float32(0.1) * (batch - self.range)
                           if self.calibrated else batch)
             self.calibrated = True
-            return replace(t, name=self.name)
+            return self.named(t)
         if not self.calibrated:
             if not self.streams.warned:
                 logging.getLogger("minifqt").warning(
@@ -216,7 +220,7 @@ class BoundActivation(Bound):
             self.streams.warned = True
             return super().__call__(x)
         low, high = self.range[:1], self.range[1:]
-        return replace(self.quantizer.static(x, self.stream, low, high), name=self.name)
+        return self.named(self.quantizer.static(x, self.stream, low, high))
 
     def load_range(self, values: Array) -> None:
         """Take over a saved range; NaN means that there was none.  # sync"""

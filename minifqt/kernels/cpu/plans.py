@@ -8,6 +8,9 @@ import math
 import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
+from minifqt.kernels.reference import UNIT
+
+SMALLEST, TINY, NARROW, LARGE = (np.float32(2.0**e) for e in (-149, -76, -100, 119))   # affine.py
 
 
 @compiled
@@ -67,3 +70,103 @@ def householder(low, high):
         cube[j] = large / math.sqrt(n) if j == first else small * highest / max(n - 1, 1)
         cube[j] = cube[j] if n > 1 and cube[j] > 0 else 1.0
     return order, group, starts, count, v, cube, exponent, outside
+
+
+@compiled
+def grid(low, high, bins, exponent, out):
+    """inv, scale and zero of rows (N, 1) into out (3, N, 1); False where a row must be rescaled."""
+    unit, steps = np.float32(UNIT * bins), np.float32(bins)
+    for i in range(len(low)):
+        least, most = low[i, 0], high[i, 0]
+        width, largest = most - least, max(-least, most)
+        if largest > LARGE or (width < NARROW and 0 < largest < TINY):
+            return False
+        flat = width == 0
+        scale = (np.float32(1) if least == 0 else abs(least)) if flat else width / steps
+        scale = max(math.ldexp(scale, exponent[i, 0]), SMALLEST)
+        out[0, i, 0], out[1, i, 0] = np.float32(0) if flat else unit / width, scale
+        out[2, i, 0] = -least / math.ldexp(scale, -exponent[i, 0])
+    return True
+
+
+@compiled
+def normalized_ranges(ranges, mean, inv_std, weight, bias, floor, out):
+    """Ranges (2, N, C) of x → those of what batch norm and ReLU make of it."""
+    _, N, C = ranges.shape
+    for n in range(N):
+        for c in range(C):
+            one = weight[c] * ((ranges[0, n, c] - mean[c]) * inv_std[c]) + bias[c]
+            two = weight[c] * ((ranges[1, n, c] - mean[c]) * inv_std[c]) + bias[c]
+            low, high = (one, two) if one < two else (two, one)
+            out[0, n, c] = floor if low < floor else low  # NaN stays
+            out[1, n, c] = floor if high < floor else high
+
+
+@compiled
+def pack(w, out, taps):
+    """w (K, R, S, C) int8 → (blocks of K, R, words of a filter row, lanes, group); taps (R, S, K).
+
+    taps  Σ over channels of each tap
+    """
+    (K, R, S, C), (_, _, words, lanes, group) = w.shape, out.shape
+    room = words * group // S
+    out[:], taps[:] = 0, 0
+    for k in range(K):
+        for r in range(R):
+            for s in range(S):
+                for c in range(C):
+                    place, code = s * room + c, w[k, r, s, c]
+                    out[k // lanes, r, place // group, k % lanes, place % group] = code
+                    taps[r, s, k] += code
+
+
+@compiled
+def sums_of_present_taps(taps, size, offset, spread, stride, out):
+    """out (P, Q, K) = Σ of the taps (R, S, K) that meet a pixel: (p, q) lies at offset + spread · p.
+
+    size  of the image whose pixels they are
+    """
+    (R, S, K), (P, Q, _) = taps.shape, out.shape
+    rows = np.empty((S, K))
+    for p in range(P):
+        rows[:] = 0
+        for r in range(R):
+            at, rest = divmod(p * stride + r - offset[0], spread)
+            if rest == 0 and 0 <= at < size[0]:
+                for s in range(S):
+                    for k in range(K):
+                        rows[s, k] += taps[r, s, k]
+        for q in range(Q):
+            row = out[p, q]
+            row[:] = 0
+            for s in range(S):
+                at, rest = divmod(q * stride + s - offset[1], spread)
+                if rest == 0 and 0 <= at < size[1]:
+                    for k in range(K):
+                        row[k] += rows[s, k]
+
+
+@compiled
+def finish_wgrad(total, x1, g1, n, moved_g, moved_x, zero_g, zero_x, scale, out):
+    """out (K, R, S, C) = reference.epilogue of the threads' integer sums.
+
+    total  (threads, R, S, …, …) Σ g·x, x1 (threads, R, S, C) Σ x, g1 (K, R, S) Σ g over the pixels
+           that meet a tap, n (R, S) their number; of codes that were moved down by moved_g, moved_x
+    """
+    K, R, S, C = out.shape
+    for r in range(R):
+        for s in range(S):
+            for c in range(C):
+                xs = np.int64(0)
+                for t in range(len(x1)):
+                    xs += x1[t, r, s, c]
+                for k in range(K):
+                    both = np.int64(0)
+                    for t in range(len(total)):
+                        both += total[t, r, s, c, k]
+                    gs = g1[k, r, s]
+                    both += moved_g * xs + moved_x * gs + moved_g * moved_x * n[r, s]
+                    y = np.float64(both) - zero_g[k] * np.float64(xs + moved_x * n[r, s])
+                    y = y - zero_x[c] * np.float64(gs + moved_g * n[r, s])
+                    y = y + (zero_g[k] * zero_x[c]) * np.float64(n[r, s])
+                    out[k, r, s, c] = y * scale[k, c]

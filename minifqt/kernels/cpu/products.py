@@ -9,7 +9,7 @@ import numpy as np
 
 from minifqt.backend import empty, threads
 from minifqt.kernels import blas
-from minifqt.kernels.cpu import choice
+from minifqt.kernels.cpu import choice, plans
 from minifqt.kernels.cpu.norms import run_of
 from minifqt.kernels.cpu.sums import correlate_gated, correlate_images, gemm_rows, wgrad_images
 from minifqt.kernels.cpu.team import share
@@ -67,34 +67,29 @@ class Correlation:
 
     def __init__(self, a, w, scale, offset, spread, out, stride):
         isa, (K, R, S, C), (P, Q), N = choice.isa(), w.shape, out, len(a.codes)
-        packed, self.shape, self.mix = pack(w, isa), (N, P, Q, K), a.mix
+        packed, taps = pack(w, isa)
+        self.shape, self.mix = (N, P, Q, K), a.mix
         scale_a, zero = (np.full(N, v.reshape(-1), "float64") for v in (a.scale, a.zero))
         scale_b = scale.reshape(-1).astype("float64")
         flip = np.uint8(128 if a.codes.dtype == np.int8 else 0)
         self.strip = max(1, min(P, STRIP // (stride * Q * stride * C)))
         self._shape, self._packed, self._stride = (ROWS, (0,) * isa.lanes), packed, stride
-        self._taps, place = (R, S), (offset, spread, (R, S), packed, stride)
-        b1 = np.empty((P, 0))
-        if flip or zero.any():                            # one image's work: where taps are present
-            ones, one = np.ones((1, *a.shape[1:]), np.uint8), np.ones(1)
-            self._image = (ones, np.uint8(0), *place)
-            self._scales = 0 * one, b1, one, one
-            b1 = self._formed(1, NOTHING, False).reshape(P, -1).astype("float64")    # below 2²⁴
-        self._image = (codes_of(a), flip, *place)
-        self._scales = zero, b1, scale_a, scale_b
+        self._taps, b1 = (R, S), np.empty((P, 0))
+        if flip or zero.any():
+            b1 = np.empty((P, Q, K))
+            plans.sums_of_present_taps(taps, a.shape[1:3], offset, spread, stride, b1)
+        self._image = codes_of(a), flip, offset, spread, (R, S), packed, stride
+        self._scales = zero, b1.reshape(P, -1), scale_a, scale_b
 
     def form(self, residual=None):
         """The result, plus a residual (N, P, Q, K) float32 if there is one, summarized."""
         N, P, Q, K = self.shape
-        return self._formed(N, NOTHING if residual is None else residual.reshape(N, P, Q * K), True)
-
-    def _formed(self, N, residual, summarized):
-        _, P, Q, K = self.shape
+        residual = NOTHING if residual is None else residual.reshape(N, P, Q * K)
         y = empty((N, P, Q, K)).view(Seen)
-        sums, ranges = np.empty((2, N * summarized, K)), np.empty((2, N, K), np.float32)
+        sums, ranges = np.empty((2, N, K)), np.empty((2, N, K), np.float32)
         share(correlate_images, *self._scratch(self.strip), *self._shape, *self._image, self.strip,
               *self._scales, residual, y, sums, ranges)
-        y.summary = Summary(ranges, sums) if summarized else None
+        y.summary = Summary(ranges, sums)
         return y
 
     def form_gated(self, x, norm, floor):
@@ -136,17 +131,18 @@ def conv_wgrad(g, x, kernel, stride, padding):
     g1 = np.zeros((threads() * needs_g1, P, Q, K), np.int64)
     share(wgrad_images, *scratch, ROWS, (0,) * isa.lanes, codes_of(g), flip_g, codes_of(x), flip_x,
           (padding, padding), stride, kernel, strip, total, x1, g1)
-    total, x1 = total.sum(axis=0)[..., :C, :K].transpose(3, 0, 1, 2), x1.sum(axis=0)
     present = [[blas.inside(length, side, tap - padding, stride) for tap in range(taps)]
                for length, side, taps in ((P, H, R), (Q, W, S))]
-    n, g1 = np.empty((R, S, 1)), g1.sum(axis=0) - 128 * N  # (P, Q, K), moved to the signed side
-    a1 = np.zeros((K, R, S, 1))
+    n, a1, g1 = np.empty((R, S), np.int64), np.zeros((K, R, S), np.int64), g1.sum(axis=0)
     for (r, (top, bottom)), (s, (left, right)) in product(*map(enumerate, present)):
         n[r, s] = N * (bottom - top) * (right - left)
-        if needs_g1:
-            a1[:, r, s, 0] = g1[top:bottom, left:right].sum(axis=(0, 1))
-    terms = blas.Terms(g, x, turn_a=first_to_last, centres=(int(flip_g), -int(flip_x)))
-    return terms.finish(total, x1, a1, n)
+        if needs_g1:                                      # moved to the signed side
+            a1[:, r, s] = g1[top:bottom, left:right].sum(axis=(0, 1)) - 128 * n[r, s]
+    zero_g, zero_x = (np.full(count, t.zero.reshape(-1), "float64") for t, count in ((g, K), (x, C)))
+    scale = np.full((K, C), g.scale.reshape(-1, 1).astype("float64") * x.scale.reshape(-1))
+    dw = np.empty((K, R, S, C), np.float32)
+    plans.finish_wgrad(total, x1, a1, n, int(flip_g), -int(flip_x), zero_g, zero_x, scale, dw)
+    return dw
 
 
 def wgrad_scratch(isa, out, C, kernel, stride, strip):
@@ -174,7 +170,7 @@ def matmul(a, b):
     left = np.zeros((-(-M // 8) * 8, -(-K // isa.group), isa.group), isa.dtype)
     left.reshape(len(left), -1)[:M, :K] = codes_of(a) ^ flip_a
     signed = (codes_of(b) ^ flip_b).view(np.int8)
-    right = pack(signed.reshape(J, 1, 1, K), isa)[:, 0]   # (blocks, words, lanes, group)
+    right = pack(signed.reshape(J, 1, 1, K), isa)[0][:, 0]            # (blocks, words, lanes, group)
     out = np.empty((len(left), len(right) * isa.lanes), np.int32)
     share(gemm_rows, ROWS, (0,) * isa.lanes, left, right, out)
     a1 = (codes_of(a) ^ flip_a).sum(axis=1, dtype="float64")[:, None]
@@ -189,10 +185,10 @@ def codes_of(t):
 
 
 def pack(w, isa):
-    """w (K, R, S, C) int8 → (blocks of K, R, words of a filter row, lanes, group)."""
-    K, R, S, C = w.shape
-    room = -(-C // isa.group) * isa.group
-    full = np.zeros((-(-K // isa.lanes) * isa.lanes, R, S, room), isa.dtype)
-    full[:K, ..., :C] = w
-    full = full.reshape(-1, isa.lanes, R, S * room // isa.group, isa.group)
-    return np.ascontiguousarray(full.transpose(0, 2, 3, 1, 4))
+    """w (K, R, S, C) int8 → (blocks of K, R, words of a filter row, lanes, group), Σ of each tap."""
+    (K, R, S, C), lanes = w.shape, isa.lanes
+    words = -(-C // isa.group) * S
+    packed = np.empty((-(-K // lanes), R, words, lanes, isa.group), isa.dtype)
+    taps = np.empty((R, S, K))
+    plans.pack(w, packed, taps)
+    return packed, taps
