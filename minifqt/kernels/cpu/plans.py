@@ -109,15 +109,19 @@ def pack(w, out, taps):
     taps  Σ over channels of each tap
     """
     (K, R, S, C), (_, _, words, lanes, group) = w.shape, out.shape
-    room = words * group // S
     out[:], taps[:] = 0, 0
     for k in range(K):
+        block, lane = k // lanes, k % lanes
         for r in range(R):
             for s in range(S):
-                for c in range(C):
-                    place, code = s * room + c, w[k, r, s, c]
-                    out[k // lanes, r, place // group, k % lanes, place % group] = code
-                    taps[r, s, k] += code
+                total, word = 0, s * (words // S)
+                for first in range(0, C, group):
+                    for c in range(first, min(first + group, C)):
+                        code = w[k, r, s, c]
+                        out[block, r, word, lane, c - first] = code
+                        total += code
+                    word += 1
+                taps[r, s, k] = total
 
 
 @compiled
@@ -154,19 +158,22 @@ def finish_wgrad(total, x1, g1, n, moved_g, moved_x, zero_g, zero_x, scale, out)
            that meet a tap, n (R, S) their number; of codes that were moved down by moved_g, moved_x
     """
     K, R, S, C = out.shape
+    both, row = np.empty(K, np.int64), np.empty(K, np.float32)
     for r in range(R):
         for s in range(S):
+            pixels, gs = n[r, s], g1[:, r, s]
             for c in range(C):
-                xs = np.int64(0)
-                for t in range(len(x1)):
+                xs, both[:] = np.int64(0), 0
+                for t in range(len(total)):
                     xs += x1[t, r, s, c]
+                    part = total[t, r, s, c]
+                    for k in range(K):
+                        both[k] += part[k]
+                centred = moved_g * xs + moved_g * moved_x * pixels
+                b1, zero = np.float64(xs + moved_x * pixels), zero_x[c]
                 for k in range(K):
-                    both = np.int64(0)
-                    for t in range(len(total)):
-                        both += total[t, r, s, c, k]
-                    gs = g1[k, r, s]
-                    both += moved_g * xs + moved_x * gs + moved_g * moved_x * n[r, s]
-                    y = np.float64(both) - zero_g[k] * np.float64(xs + moved_x * n[r, s])
-                    y = y - zero_x[c] * np.float64(gs + moved_g * n[r, s])
-                    y = y + (zero_g[k] * zero_x[c]) * np.float64(n[r, s])
-                    out[k, r, s, c] = y * scale[k, c]
+                    y = np.float64(both[k] + (centred + moved_x * gs[k])) - zero_g[k] * b1
+                    y = y - zero * np.float64(gs[k] + moved_g * pixels)
+                    row[k] = (y + (zero_g[k] * zero) * np.float64(pixels)) * scale[k, c]
+                for k in range(K):
+                    out[k, r, s, c] = row[k]
