@@ -31,8 +31,9 @@ class FusedConv2d(Conv2d):
     def backward(self, dy):
         qx, qw = self.saved()
         dy = dy.array() if isinstance(dy, Lazy) else dy
-        gw, gx = self.q.grad_w(dy), self.q.grad_x(dy)
-        self.weight.grad = conv.wgrad(gw, qx, self.kernel_size, self.stride, self.padding)
+        self.weight.grad = conv.wgrad(self.q.grad_w(dy), qx, self.kernel_size, self.stride,
+                                      self.padding, lazily=True)
+        gx = self.q.grad_x(dy)                            # while other threads begin with wgrad
         if self.has_bias:
             self.bias.grad = norm.channel_sum(dy).astype(dy.dtype)
         return conv.dgrad(gx, qw, qx.shape[1:3], self.stride, self.padding, lazily=True)

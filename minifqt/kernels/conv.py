@@ -3,6 +3,7 @@
 Weights do not vary along their taps, images not along their pixels: a patch gathers pixels, so
 every axis but the one that survives in the result is contracted.
 """
+from minifqt.backend import threads
 from minifqt.kernels.gemm import alike, products, require_shape, sums_of
 from minifqt.kernels.reference import output_size
 from minifqt.kernels.seen import Lazy, images
@@ -25,14 +26,20 @@ def fprop(x: QTensor, w: QTensor, stride: int, padding: int, lazily: bool = Fals
     return sums_of(x, w).conv_fprop(*alike(x, w), stride, padding)
 
 
-def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int):
-    """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q."""
+def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int, lazily: bool = False):
+    """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q.
+
+    lazily  a WeightGradient if it is compiled: other threads fill their free time with it
+    """
     require_unmixed("wgrad", g)
     require_unmixed("wgrad", x)
     require_factorable("wgrad", g, (0, 1, 2))
     require_factorable("wgrad", x, (0, 1, 2))
     out = output_size(x.shape[1:3], kernel, stride, padding, x.name)
     require_shape("wgrad", g, (x.shape[0], *out, g.shape[3]))
+    if lazily and sums_of(g, x) is products and threads() > 1:
+        return WeightGradient((g.shape[3], *kernel, x.shape[3]),
+                              products.begin_wgrad(g, x, kernel, stride, padding))
     return sums_of(g, x).conv_wgrad(*alike(g, x), kernel, stride, padding)
 
 
@@ -48,6 +55,19 @@ def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int, lazily
     g, w = alike(g, w)
     dx = sums_of(g, w).conv_dgrad(g, w, size, stride, padding)
     return dx if g.mix is None else g.mix.undo(dx)
+
+
+class WeightGradient(Lazy):
+    """A compiled wgrad under way; who reads it ends it."""
+
+    def __init__(self, shape, end):
+        super().__init__(shape)
+        self._end = end
+
+    def form(self):
+        """Its numbers; what they were made of is let go."""
+        end, self._end = self._end, None
+        return end()
 
 
 class Product(Lazy):

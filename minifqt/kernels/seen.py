@@ -85,8 +85,10 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
         return self.shape[0]
 
     def __add__(self, other):
+        if self._array is not None:                       # then perhaps the other is not computed
+            return other + self._array if isinstance(other, Lazy) else add(self._array, other)
         other = other.array() if isinstance(other, Lazy) else other
-        fits = self._array is None and suits(other) and other.shape == self.shape
+        fits = suits(other) and other.shape == self.shape
         return self.plus(other) if fits else add(self.array(), other)
 
     __radd__ = __add__

@@ -12,7 +12,7 @@ from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice, plans
 from minifqt.kernels.cpu.norms import run_of
 from minifqt.kernels.cpu.sums import correlate_gated, correlate_images, gemm_rows, wgrad_images
-from minifqt.kernels.cpu.team import share
+from minifqt.kernels.cpu.team import begin, share
 from minifqt.kernels.reference import first_to_last, output_size
 from minifqt.kernels.seen import Seen, Summary
 
@@ -118,30 +118,41 @@ class Correlation:
 
 def conv_wgrad(g, x, kernel, stride, padding):
     """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q."""
+    return begin_wgrad(g, x, kernel, stride, padding)()
+
+
+def begin_wgrad(g, x, kernel, stride, padding):
+    """conv_wgrad, begun by the other threads while this one goes on; call what it returns."""
     isa, (N, P, Q, K), (_, H, W, C), (R, S) = choice.isa(), g.shape, x.shape, kernel
-    flip_g, flip_x = (np.uint8(128 if t.codes.dtype == moved else 0)
-                      for t, moved in ((g, np.uint8), (x, np.int8)))
+    flip_g, flip_x = flips_of(g, x)
     if Q > TERMS:
-        return blas.conv_wgrad(g, x, kernel, stride, padding)
+        return lambda: blas.conv_wgrad(g, x, kernel, stride, padding)
     strip = max(1, min(P, STRIP // (Q * max(C, K)), TERMS // Q))
     scratch = wgrad_scratch(isa, (P, Q, K), C, kernel, stride, strip)
     total = np.zeros((threads(), *scratch[4].shape[1:]), np.int64)
     x1 = np.zeros((threads(), R, S, C), np.int64)
     needs_g1 = bool(flip_x or x.zero.any())
     g1 = np.zeros((threads() * needs_g1, P, Q, K), np.int64)
-    share(wgrad_images, *scratch, ROWS, (0,) * isa.lanes, codes_of(g), flip_g, codes_of(x), flip_x,
-          (padding, padding), stride, kernel, strip, total, x1, g1)
+    end = begin(wgrad_images, *scratch, ROWS, (0,) * isa.lanes, codes_of(g), flip_g, codes_of(x), flip_x,
+                (padding, padding), stride, kernel, strip, total, x1, g1)
+    return lambda: finish(end, g, x, stride, padding, total, x1, g1)
+
+
+def finish(end, g, x, stride, padding, total, x1, g1):
+    """The epilogue of wgrad's sums, when they are there."""
+    end()
+    (N, P, Q, K), (_, H, W, C), (_, R, S, _) = g.shape, x.shape, x1.shape
     present = [[blas.inside(length, side, tap - padding, stride) for tap in range(taps)]
                for length, side, taps in ((P, H, R), (Q, W, S))]
-    n, a1, g1 = np.empty((R, S), np.int64), np.zeros((K, R, S), np.int64), g1.sum(axis=0)
+    n, a1, flips = np.empty((R, S), np.int64), np.zeros((K, R, S), np.int64), flips_of(g, x)
     for (r, (top, bottom)), (s, (left, right)) in product(*map(enumerate, present)):
         n[r, s] = N * (bottom - top) * (right - left)
-        if needs_g1:                                      # moved to the signed side
-            a1[:, r, s] = g1[top:bottom, left:right].sum(axis=(0, 1)) - 128 * n[r, s]
+        if g1.size:                                       # moved to the signed side
+            a1[:, r, s] = g1[:, top:bottom, left:right].sum(axis=(0, 1, 2)) - 128 * n[r, s]
     zero_g, zero_x = (np.full(count, t.zero.reshape(-1), "float64") for t, count in ((g, K), (x, C)))
     scale = np.full((K, C), g.scale.reshape(-1, 1).astype("float64") * x.scale.reshape(-1))
     dw = np.empty((K, R, S, C), np.float32)
-    plans.finish_wgrad(total, x1, a1, n, int(flip_g), -int(flip_x), zero_g, zero_x, scale, dw)
+    plans.finish_wgrad(total, x1, a1, n, int(flips[0]), -int(flips[1]), zero_g, zero_x, scale, dw)
     return dw
 
 
@@ -165,8 +176,7 @@ def matmul(a, b):
     isa, (M, K), J = choice.isa(), a.shape, len(b.codes)
     if K > TERMS:
         return blas.matmul(a, b)
-    flip_a, flip_b = (np.uint8(128 if t.codes.dtype == moved else 0)
-                      for t, moved in ((a, np.int8), (b, np.uint8)))
+    flip_b, flip_a = flips_of(b, a)
     left = np.zeros((-(-M // 8) * 8, -(-K // isa.group), isa.group), isa.dtype)
     left.reshape(len(left), -1)[:M, :K] = codes_of(a) ^ flip_a
     signed = (codes_of(b) ^ flip_b).view(np.int8)
@@ -177,6 +187,12 @@ def matmul(a, b):
     b1 = signed.sum(axis=1, dtype="float64")
     terms = blas.Terms(a, b, turn_b=first_to_last, centres=(-int(flip_a), int(flip_b)))
     return terms.finish(out[:M, :J].astype("float64"), b1, a1, K)
+
+
+def flips_of(signed, unsigned):
+    """What moves codes of the other kind: to the signed side, to the unsigned one."""
+    return (np.uint8(128 if signed.codes.dtype == np.uint8 else 0),
+            np.uint8(128 if unsigned.codes.dtype == np.int8 else 0))
 
 
 def codes_of(t):

@@ -23,21 +23,34 @@ PATIENCE = 400_000                                        # turns of listening: 
 
 _jobs: SimpleQueue = SimpleQueue()
 _members: list[Thread] = []
-_bell = np.zeros(1, np.int64)                             # rung by the caller inside a kernel
+_bell = np.zeros(1, np.int64)                             # rung by who is first in a kernel
+_bell_address = _bell.ctypes.data
 
 
 def share(kernel, *arguments) -> None:
     """kernel(counter, *arguments) on every thread; each takes its tasks from the counter."""
+    begin(kernel, *arguments)()
+
+
+def begin(kernel, *arguments):
+    """The other threads begin to share this kernel when they are free; call the result to end it.
+
+    What is between fills their time: Python on this thread, and the ends of other kernels.
+    """
     counter, helpers = np.zeros(4, np.int64), threads() - 1
-    counter[BELL] = _bell.ctypes.data
+    counter[BELL] = _bell_address
     while len(_members) < helpers:
         _members.append(Thread(target=_work, name="minifqt.team", daemon=True))
         _members[-1].start()
     for _ in range(helpers):
         _jobs.put((kernel, counter, arguments))
-    kernel(counter, *arguments)
-    if helpers:
-        close(counter)
+
+    def end():
+        kernel(counter, *arguments)
+        if helpers:
+            close(counter)
+
+    return end
 
 
 def _work():
@@ -46,8 +59,9 @@ def _work():
         if _jobs.empty():
             listen(_bell, heard, PATIENCE)
         kernel, counter, arguments = _jobs.get()
-        with suppress(Exception):                         # the caller meets it too
-            kernel(counter, *arguments)                   # returns at once if the caller is done
+        if counter[SEATS] >= 0:                           # else the caller is done
+            with suppress(Exception):                     # the caller meets it too
+                kernel(counter, *arguments)
         del kernel, counter, arguments                    # arrays are not kept alive
 
 
