@@ -115,7 +115,8 @@ def reflections(low: Array, high: Array) -> tuple[Array, ...]:
     highest = xp.where(n == 2, xp.sqrt(0.5),
                        xp.maximum(xp.maximum(outside, abs(1 - outside)), 1 / xp.sqrt(n)))
     cube = xp.where(row == first, large / xp.sqrt(n), small * highest / xp.maximum(n - 1, 1))
-    return order, group, starts, count, v, xp.where((n > 1) & (cube > 0), cube, 1), exponent, outside
+    cube = xp.where((n > 1) & (cube > 0), cube, 1)
+    return order, group, starts, count, v, cube, exponent, outside
 
 
 class Householder:
@@ -152,8 +153,9 @@ class Householder:
 
     def apply_rescaled(self, x: Array) -> tuple[Array, Array]:
         """T·x / 2^exponent and the exponent (N, 1): near 1 whatever the size of x."""
-        scales, exponent = array_module(x).ldexp(self.scales, -self.exponent), self.exponent[:, None]
-        return Mixed(x, self, scales) if suits(x) else self._scaled(x, scales), exponent
+        scales = array_module(x).ldexp(self.scales, -self.exponent)
+        mixed = Mixed(x, self, scales) if suits(x) else self._scaled(x, scales)
+        return mixed, self.exponent[:, None]
 
     def undo(self, y: Array) -> Array:
         """T⁻¹·y = diag(1/s) · Q · y, rows back in the samples' order, in y's dtype."""

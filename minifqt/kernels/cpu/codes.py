@@ -1,71 +1,17 @@
-"""Noise, the one rounding, and the ranges it needs, compiled: one read of the input each.
+"""The one rounding and the ranges it needs, compiled: one read of the input each.
 
 Float operations are those of reference.py one by one, each rounded once (nothing is contracted),
-and the noise is NumPy's Philox, made where it is used: the codes are the same bits. Next: norms.py.
+with the noise of noise.py: the codes are the same bits. Next: norms.py.
 """
 import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
+from minifqt.kernels.cpu.noise import BLOCKS, CHUNK, noise_of
 from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
-from minifqt.rng import INCREMENTS, MULTIPLIERS
 
-CHUNK = 2048                                              # elements from one buffer of noise
-BLOCKS = CHUNK // 16 + 1                                  # of Philox, 16 values each
-M0, M1 = (np.uint64(v) for v in MULTIPLIERS)
-M0_LOW, M1_LOW = (np.uint64(v & 0xFFFFFFFF) for v in MULTIPLIERS)
-M0_HIGH, M1_HIGH = (np.uint64(v >> 32) for v in MULTIPLIERS)
-W0, W1 = (np.uint64(v) for v in INCREMENTS)
-NOTHING_YET = np.int32(2**31 - 1), np.int32(-2**31)       # the range of no number, as `widen` takes it
-
-
-@compiled
-def high_word(a, low, high):
-    """The upper 64 bits of a · (2³² · high + low), by 32-bit multiplications, which vectorize."""
-    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    a, b = a & mask, a >> half
-    t = a * high + (a * low >> half)
-    return b * high + (t >> half) + (b * low + (t & mask) >> half)
-
-
-@compiled
-def philox_round(c0, c1, c2, c3, k0, k1):
-    """One round on four words."""
-    return (high_word(c2, M1_LOW, M1_HIGH) ^ c1 ^ k0, c2 * M1,
-            high_word(c0, M0_LOW, M0_HIGH) ^ c3 ^ k1, c0 * M0)
-
-
-@compiled
-def philox_blocks(key, step, first, count, state, words):
-    """words[:4 · count] = blocks first .. of rng.philox; count ≤ BLOCKS.  state (4, BLOCKS).
-
-    Round by round for all blocks side by side: faster than a core's one 64-bit multiplier.
-    """
-    k0, k1 = key[0], key[1]
-    c0, c1, c2, c3 = state[0], state[1], state[2], state[3]
-    for i in range(count):
-        c0[i], c1[i], c2[i], c3[i] = first + i + 1, step, 0, 0
-    for _ in range(5):                                    # two rounds a turn: half the traffic
-        for i in range(count):
-            d0, d1, d2, d3 = philox_round(c0[i], c1[i], c2[i], c3[i], k0, k1)
-            c0[i], c1[i], c2[i], c3[i] = philox_round(d0, d1, d2, d3, k0 + W0, k1 + W1)
-        k0 += W0 + W0
-        k1 += W1 + W1
-    for i in range(count):
-        words[4 * i], words[4 * i + 1] = c0[i], c1[i]
-        words[4 * i + 2], words[4 * i + 3] = c2[i], c3[i]
-
-
-@compiled
-def noise_of(key, step, first, count, constant, state, words):
-    """The 16-bit noise of elements first .. first + count − 1, in a buffer; constant −1: random."""
-    noise = words.view(np.uint16)
-    if constant >= 0:
-        noise[:] = constant
-        return noise[:count]
-    skip = first % 16
-    philox_blocks(key, step, first // 16, (skip + count + 15) // 16, state, words)
-    return noise[skip:skip + count]
+# The range of no number, as `widen` takes it.
+NOTHING_YET = np.int32(2**31 - 1), np.int32(-2**31)
 
 
 @compiled

@@ -2,10 +2,11 @@
 import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
-from minifqt.kernels.cpu.codes import BLOCKS, NOTHING_YET, noise_of, range_of, round_run, widen
+from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_run, widen
+from minifqt.kernels.cpu.noise import BLOCKS, TURN, noise_of
 from minifqt.kernels.cpu.team import leave, seat, take
 
-CHUNK = 512                                               # columns of a group at a time, in cache
+CHUNK = 16 * 4 * TURN                                     # columns of a group at a time, in cache
 # out, ranges and rounding of `reflect` where nobody asks for them
 NOTHING = (np.empty((0, 0), np.float32), np.empty((2, 0, 1), np.float32),
            (*np.empty((3, 0), np.float32), np.float32(0), np.float32(0),

@@ -126,7 +126,7 @@ def pack(w, out, taps):
 
 @compiled
 def sums_of_present_taps(taps, size, offset, spread, stride, out):
-    """out (P, Q, K) = Σ of the taps (R, S, K) that meet a pixel: (p, q) lies at offset + spread · p.
+    """out (P, Q, K) = Σ of the taps (R, S, K) that meet a pixel; pixel p at offset + spread · p.
 
     size  of the image whose pixels they are
     """

@@ -123,7 +123,7 @@ def conv_wgrad(g, x, kernel, stride, padding):
 
 def begin_wgrad(g, x, kernel, stride, padding):
     """conv_wgrad, begun by the other threads while this one goes on; call what it returns."""
-    isa, (N, P, Q, K), (_, H, W, C), (R, S) = choice.isa(), g.shape, x.shape, kernel
+    isa, (_, P, Q, K), C, (R, S) = choice.isa(), g.shape, x.shape[3], kernel
     flip_g, flip_x = flips_of(g, x)
     if Q > TERMS:
         return lambda: blas.conv_wgrad(g, x, kernel, stride, padding)
@@ -133,8 +133,8 @@ def begin_wgrad(g, x, kernel, stride, padding):
     x1 = np.zeros((threads(), R, S, C), np.int64)
     needs_g1 = bool(flip_x or x.zero.any())
     g1 = np.zeros((threads() * needs_g1, P, Q, K), np.int64)
-    end = begin(wgrad_images, *scratch, ROWS, (0,) * isa.lanes, codes_of(g), flip_g, codes_of(x), flip_x,
-                (padding, padding), stride, kernel, strip, total, x1, g1)
+    end = begin(wgrad_images, *scratch, ROWS, (0,) * isa.lanes, codes_of(g), flip_g, codes_of(x),
+                flip_x, (padding, padding), stride, kernel, strip, total, x1, g1)
     return lambda: finish(end, g, x, stride, padding, total, x1, g1)
 
 
@@ -144,15 +144,16 @@ def finish(end, g, x, stride, padding, total, x1, g1):
     (N, P, Q, K), (_, H, W, C), (_, R, S, _) = g.shape, x.shape, x1.shape
     present = [[blas.inside(length, side, tap - padding, stride) for tap in range(taps)]
                for length, side, taps in ((P, H, R), (Q, W, S))]
-    n, a1, flips = np.empty((R, S), np.int64), np.zeros((K, R, S), np.int64), flips_of(g, x)
+    n, a1 = np.empty((R, S), np.int64), np.zeros((K, R, S), np.int64)
     for (r, (top, bottom)), (s, (left, right)) in product(*map(enumerate, present)):
         n[r, s] = N * (bottom - top) * (right - left)
         if g1.size:                                       # moved to the signed side
             a1[:, r, s] = g1[:, top:bottom, left:right].sum(axis=(0, 1, 2)) - 128 * n[r, s]
-    zero_g, zero_x = (np.full(count, t.zero.reshape(-1), "float64") for t, count in ((g, K), (x, C)))
+    (flip_g, flip_x), ends = flips_of(g, x), ((g, K), (x, C))
+    zero_g, zero_x = (np.full(count, t.zero.reshape(-1), "float64") for t, count in ends)
     scale = np.full((K, C), g.scale.reshape(-1, 1).astype("float64") * x.scale.reshape(-1))
     dw = np.empty((K, R, S, C), np.float32)
-    plans.finish_wgrad(total, x1, a1, n, int(flips[0]), -int(flips[1]), zero_g, zero_x, scale, dw)
+    plans.finish_wgrad(total, x1, a1, n, int(flip_g), -int(flip_x), zero_g, zero_x, scale, dw)
     return dw
 
 
@@ -180,7 +181,7 @@ def matmul(a, b):
     left = np.zeros((-(-M // 8) * 8, -(-K // isa.group), isa.group), isa.dtype)
     left.reshape(len(left), -1)[:M, :K] = codes_of(a) ^ flip_a
     signed = (codes_of(b) ^ flip_b).view(np.int8)
-    right = pack(signed.reshape(J, 1, 1, K), isa)[0][:, 0]            # (blocks, words, lanes, group)
+    right = pack(signed.reshape(J, 1, 1, K), isa)[0][:, 0]      # (blocks, words, lanes, group)
     out = np.empty((len(left), len(right) * isa.lanes), np.int32)
     share(gemm_rows, ROWS, (0,) * isa.lanes, left, right, out)
     a1 = (codes_of(a) ^ flip_a).sum(axis=1, dtype="float64")[:, None]
@@ -201,7 +202,7 @@ def codes_of(t):
 
 
 def pack(w, isa):
-    """w (K, R, S, C) int8 → (blocks of K, R, words of a filter row, lanes, group), Σ of each tap."""
+    """w (K, R, S, C) int8 → (blocks of K, R, words of a filter row, lanes, group), Σ of taps."""
     (K, R, S, C), lanes = w.shape, isa.lanes
     words = -(-C // isa.group) * S
     packed = np.empty((-(-K // lanes), R, words, lanes, isa.group), isa.dtype)
