@@ -8,7 +8,7 @@ import numpy as np
 
 from minifqt.backend import Array, array_module, map_blocks
 from minifqt.kernels.cpu import choice
-from minifqt.kernels.seen import Lazy, Summary, blank, images, runs, suits, summary
+from minifqt.kernels.seen import Lazy, Seen, Summary, blank, images, runs, suits, summary
 
 if choice.numba is not None:
     from minifqt.kernels.cpu import codes, norms, plans
@@ -158,24 +158,28 @@ class Normalized(Lazy):
         """dx, dweight, dbias as above; dy counts where this is above its floor."""
         x, vectors, floor = self.operands()
         C, count = self.shape[-1], self.size // self.shape[-1]
+        formed = None                                     # dy that nobody else has seen
         if isinstance(dy, Lazy):
-            dy, sums = dy.gated(x, vectors, floor)
+            formed, sums = dy.gated(x, vectors, floor)
         else:
             sums = np.empty((2, len(dy), C))
             share(norms.gradient_sums, images(dy), x, vectors, floor, C, sums)
         dbias, dweight = sums.sum(axis=1)
         slopes = [v.astype("float32") for v in (dbias / count, dweight / count)]
-        dx = NormGradient(self.shape, images(dy), x, vectors, floor,
+        dx = NormGradient(dy, formed, x, vectors, floor,
                           runs(*slopes, self.vectors[2] * self.vectors[1]))
         return dx, dweight.astype("float32"), dbias.astype("float32")
 
 
 class NormGradient(Lazy):
-    """dx of a batch norm, not computed yet: a residual's gradient is added in the same pass."""
+    """dx of a batch norm, not computed yet: a residual's gradient is added in the same pass.
 
-    def __init__(self, shape, *operands):
-        super().__init__(shape)
-        self.operands = operands
+    formed  dy's numbers, if dx may take their memory: half of what is written is then read anyway
+    """
+
+    def __init__(self, dy, formed, *operands):
+        super().__init__(dy.shape)
+        self.dy, self.formed, self.operands = dy, formed, operands
 
     def form(self):
         """dx.  (N, …, C)."""
@@ -183,9 +187,11 @@ class NormGradient(Lazy):
 
     def plus(self, other):
         """dx + other."""
-        dx, ranges = blank(self.shape), np.empty((2, len(self), 1), np.float32)
-        share(norms.gradient, *self.operands, images(other) if other.size else other, images(dx),
-              ranges)
+        dy, self.formed = self.formed, None               # the first time only
+        dx, ranges = (blank(self.shape) if dy is None else dy.view(Seen),
+                      np.empty((2, len(self), 1), np.float32))
+        share(norms.gradient, images(np.asarray(self.dy) if dy is None else dy), *self.operands,
+              images(other) if other.size else other, images(dx), ranges)
         dx.summary = Summary(ranges, None)
         return dx
 

@@ -192,7 +192,7 @@ def gradient_sums(counter, dy, x, norm, floor, C, sums):
 def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
     """dx = gain · (g − x̂ · mean_gx − mean_g) (+ residual); ranges (2, N, 1), its range.
 
-    slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty
+    slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty;  dx may be dy's own memory
     """
     me = seat(counter)
     if me < 0:
@@ -201,6 +201,7 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
     run = norm.shape[1]
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     mean_g, mean_gx, gain = slopes[0], slopes[1], slopes[2]
+    part = np.empty(run, np.float32)
     while True:
         n = take(counter)
         if n >= N:
@@ -212,11 +213,14 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
             for i in range(len(row)):
                 normal = (row[i] - mean[i]) * inv_std[i]
                 g = upstream[i] * (ONE if weight[i] * normal + bias[i] > floor else ZERO)
-                out[i] = ((g - normal * mean_gx[i]) - mean_g[i]) * gain[i]
+                part[i] = ((g - normal * mean_gx[i]) - mean_g[i]) * gain[i]
             if residual.size:
                 other = residual[n, start:stop]
                 for i in range(len(row)):
-                    out[i] += other[i]
+                    out[i] = part[i] + other[i]
+            else:
+                for i in range(len(row)):
+                    out[i] = part[i]
             least, most = row_range(out)
             low, high, wrong = min(low, least), max(high, most), wrong + (least - least)
         ranges[0, n, 0], ranges[1, n, 0] = low + wrong, high + wrong          # 0, or NaN
