@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", help="the run's folder; default: runs/DATASET-MODEL-RECIPE-seedSEED")
     add("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
     add("--kernels", choices=("auto", "plain", *choice.ISAS, "numpy"), default="auto",
-        help="on a CPU; auto: the fastest, fused; plain: layer by layer. Change no number")
+        help="on a CPU; auto: the fastest, fused; plain: layer by layer. They change no "
+             "integer; numpy rounds the float products of fp32 and qat8 otherwise")
     return flags
 
 

@@ -107,7 +107,7 @@ class Work(NamedTuple):
 
 
 def correlation(v):
-    """Either correlation; scaling is one passage through float64 of each number of y."""
+    """Either correlation; of codes, scaling is a passage through float64 of each number of y."""
     N, P, Q, K = v.y.shape
     (H, W, C), (R, S) = v.a.shape[1:], v.taps
     met = (meetings(P, R, v.offset[0], H, v.spread, v.stride)
@@ -115,7 +115,9 @@ def correlation(v):
     shape = f"{dims(v.a)} → {P}·{Q}·{K}, {R}×{S}"
     shape += f", stride {v.stride}" if v.stride > 1 else ""
     shape += f", spread {v.spread}" if v.spread > 1 else ""
-    return Work(shape, N * met * C * K, v.a.nbytes + v.b.nbytes, v.y.nbytes, 0, v.y.size)
+    work = Work(shape, 0, v.a.nbytes + v.b.nbytes, v.y.nbytes)
+    return (work._replace(floats=N * met * C * K) if v.b.dtype == np.float32 else
+            work._replace(products=N * met * C * K, doubles=v.y.size))
 
 
 def correlate_images(v):
@@ -124,7 +126,7 @@ def correlate_images(v):
     return work._replace(shape=work.shape + " + residual" * more,
                          read=work.read + v.residual.nbytes,
                          doubles=work.doubles + v.y.size * summed,
-                         floats=v.y.size * (more + 2 * summed))
+                         floats=work.floats + v.y.size * (more + 2 * summed))
 
 
 def correlate_gated(v):
@@ -137,7 +139,8 @@ def correlate_gated(v):
     unmixed = v.y.size // len(v.y) * mixed
     return work._replace(shape=work.shape + ", gated" + (", mixed" if mixed else ""),
                          read=work.read + v.x.nbytes,
-                         doubles=work.doubles + 3 * v.y.size + unmixed, floats=7 * v.y.size)
+                         doubles=work.doubles + 3 * v.y.size + unmixed,
+                         floats=work.floats + 7 * v.y.size)
 
 
 def wgrad_images(v):
@@ -148,6 +151,12 @@ def wgrad_images(v):
     return Work(f"{dims(v.g)}, {H}·{W}·{C} → {K}·{R}·{S}·{C}"
                 + (f", stride {v.stride}" if v.stride > 1 else ""), N * met * C * K,
                 v.g.nbytes + v.x.nbytes, K * R * S * C * 4)
+
+
+def wgrad_parts(v):
+    """The same of floats; what is written are the parts."""
+    work = wgrad_images(v)
+    return work._replace(products=0, floats=work.products, written=v.parts.nbytes)
 
 
 def gemm_rows(v):
@@ -182,6 +191,9 @@ WORK = {                                                  # kernel → Work of i
     "correlate_images": correlate_images,
     "correlate_gated": correlate_gated,
     "wgrad_images": wgrad_images,
+    "wgrad_parts": wgrad_parts,
+    "add_parts": passed(["parts"], ["total"], doubles=1),
+    "dequantize": passed(["codes"], ["out"], doubles=1),
     "gemm_rows": gemm_rows,
     "round_rows": passed(["x"], ["out"], floats=9),
     "round_normalized": passed(["x"], ["out"], floats=9 + 5),

@@ -2,6 +2,7 @@
 import pytest
 
 from minifqt import backend
+from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
 
 
@@ -28,3 +29,27 @@ def on_threads():
 
     yield each
     backend.set_threads(before)
+
+
+@pytest.fixture(params=choice.supported()[:-1])
+def instructions(request, set_instructions):
+    """These instructions, while a test runs."""
+    set_instructions(request.param)
+    return request.param
+
+
+@pytest.fixture
+def sent_to_blas(monkeypatch):
+    """Names of the products that go to blas.py, as they go."""
+    sent = []
+
+    def watched(name, function):
+        def product(*operands):
+            sent.append(name)
+            return function(*operands)
+
+        return product
+
+    for name in ("matmul", "conv_fprop", "conv_dgrad"):
+        monkeypatch.setattr(blas, name, watched(name, getattr(blas, name)))
+    return sent

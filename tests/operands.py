@@ -4,6 +4,18 @@ import numpy as np
 from minifqt import QTensor
 from minifqt.kernels import reference
 
+SIZES = {                                                 # x, w, y, stride, padding
+    "3 channels": ((2, 9, 10, 3), (5, 3, 3, 3), (2, 9, 10, 5), 1, 1),
+    "1 x 1": ((3, 6, 5, 18), (20, 1, 1, 18), (3, 6, 5, 20), 1, 0),
+    "1 x 1, stride 2": ((3, 7, 6, 16), (32, 1, 1, 16), (3, 4, 3, 32), 2, 0),
+    "3 x 3, stride 2": ((2, 8, 9, 16), (17, 3, 3, 16), (2, 4, 5, 17), 2, 1),
+    "7 x 7, stride 2": ((2, 23, 22, 3), (16, 7, 7, 3), (2, 12, 11, 16), 2, 3),
+    "stride 3": ((2, 13, 11, 4), (6, 4, 2, 4), (2, 4, 4, 6), 3, 1),
+    "one image of one pixel": ((1, 1, 1, 5), (3, 1, 1, 5), (1, 1, 1, 3), 1, 0),
+    "one image": ((1, 12, 12, 33), (34, 3, 3, 33), (1, 12, 12, 34), 1, 1),
+    "a row of more than two tiles": ((1, 3, 37, 4), (3, 3, 3, 4), (1, 1, 35, 3), 1, 0),
+    "more images than a task": ((37, 4, 4, 2), (2, 3, 3, 2), (37, 4, 4, 2), 1, 1)}
+
 
 def codes(rng, shape, free=None, zero=None, varies=None, dtype=None, extreme=None):
     """Integer codes with any legal scale and zero: per tensor, or along the axis `free`."""

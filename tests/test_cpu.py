@@ -8,37 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from given import Given
-from operands import assert_same_bits, codes, four_products, three_products, turned, weights
+from operands import SIZES, assert_same_bits, codes, four_products, three_products, turned, weights
 
 from minifqt import NonFiniteError, QTensor, Streams, backend, quantizers
-from minifqt.kernels import blas, norm, reference, rounding, seen
-from minifqt.kernels.cpu import choice
+from minifqt.kernels import norm, reference, rounding, seen
 from minifqt.rng import Stream
 
 pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
 from minifqt.kernels.cpu import products  # noqa: E402 - numba is there
 
-COMPILED = choice.supported()[:-1]
 SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
 BITS = range(2, 9)
-SIZES = {                                                 # x, w, y, stride, padding
-    "3 channels": ((2, 9, 10, 3), (5, 3, 3, 3), (2, 9, 10, 5), 1, 1),
-    "1 x 1": ((3, 6, 5, 18), (20, 1, 1, 18), (3, 6, 5, 20), 1, 0),
-    "1 x 1, stride 2": ((3, 7, 6, 16), (32, 1, 1, 16), (3, 4, 3, 32), 2, 0),
-    "3 x 3, stride 2": ((2, 8, 9, 16), (17, 3, 3, 16), (2, 4, 5, 17), 2, 1),
-    "7 x 7, stride 2": ((2, 23, 22, 3), (16, 7, 7, 3), (2, 12, 11, 16), 2, 3),
-    "stride 3": ((2, 13, 11, 4), (6, 4, 2, 4), (2, 4, 4, 6), 3, 1),
-    "one image of one pixel": ((1, 1, 1, 5), (3, 1, 1, 5), (1, 1, 1, 3), 1, 0),
-    "one image": ((1, 12, 12, 33), (34, 3, 3, 33), (1, 12, 12, 34), 1, 1),
-    "a row of more than two tiles": ((1, 3, 37, 4), (3, 3, 3, 4), (1, 1, 35, 3), 1, 0),
-    "more images than a task": ((37, 4, 4, 2), (2, 3, 3, 2), (37, 4, 4, 2), 1, 1)}
-
-
-@pytest.fixture(params=COMPILED)
-def instructions(request, set_instructions):
-    """These instructions, while a test runs."""
-    set_instructions(request.param)
-    return request.param
 
 
 @pytest.fixture
@@ -51,23 +31,6 @@ def both_ways(set_instructions):
         return compiled, function()
 
     return each
-
-
-@pytest.fixture
-def sent_to_blas(monkeypatch):
-    """Names of the products that go to blas.py, as they go."""
-    sent = []
-
-    def watched(name, function):
-        def product(*operands):
-            sent.append(name)
-            return function(*operands)
-
-        return product
-
-    for name in ("matmul", "conv_fprop", "conv_dgrad"):
-        monkeypatch.setattr(blas, name, watched(name, getattr(blas, name)))
-    return sent
 
 
 # ---- products ------------------------------------------------------------------------------------

@@ -88,22 +88,24 @@ def test_a_fused_float64_network_is_the_plain_one():
     assert_same(trained(minifqt.fuse(fused), x, labels), trained(plain, x, labels))
 
 
-def test_the_number_of_threads_changes_no_bit_of_a_fused_step(on_threads):
+@pytest.mark.parametrize("recipe", ["fp32", "qat8", "bhq5"])
+def test_the_number_of_threads_changes_no_bit_of_a_fused_step(recipe, on_threads):
     x, labels = batch((8, 16, 16, 3))
     one, two, four = on_threads(lambda: trained(
-        minifqt.fuse(models.build("resnet20", 10, "bhq5", seed=1)), x, labels, 2))
+        minifqt.fuse(models.build("resnet20", 10, recipe, seed=1)), x, labels, 2))
     assert_same(two, one)
     assert_same(four, one)
 
 
 @needs_numba
+@pytest.mark.parametrize("recipe", ["fp32", "qat8", "bhq5"])
 @pytest.mark.parametrize("name", choice.supported()[1:-1])
-def test_the_instructions_change_no_bit_of_a_fused_step(name, set_instructions):
+def test_the_instructions_change_no_bit_of_a_fused_step(name, recipe, set_instructions):
     x, labels = batch((8, 12, 12, 3))
     results = []
     for chosen in ("auto", name):
         set_instructions(chosen)
-        net = minifqt.fuse(models.build("resnet8", 10, "bhq5", seed=1))
+        net = minifqt.fuse(models.build("resnet8", 10, recipe, seed=1))
         results.append(trained(net, x, labels, 2))
     assert_same(*results)
 
@@ -489,7 +491,7 @@ def test_a_fused_block_forms_no_activation(monkeypatch):
 
 
 @needs_numba
-@pytest.mark.parametrize("recipe", ["ptq8", "bhq5"])
+@pytest.mark.parametrize("recipe", ["fp32", "qat8", "ptq8", "bhq5"])
 def test_a_steady_step_allocates_nothing_large(recipe, monkeypatch):
     x, labels = batch((8, 16, 16, 3))
     net, before = minifqt.fuse(models.build("resnet20", 10, recipe)), backend.threads()

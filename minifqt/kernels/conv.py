@@ -21,9 +21,10 @@ def fprop(x: QTensor, w: QTensor, stride: int, padding: int, lazily: bool = Fals
     require_factorable("fprop", w, (1, 2, 3))
     require_shape("fprop", w, w.shape[:3] + x.shape[3:])
     output_size(x.shape[1:3], w.shape[1:3], stride, padding, x.name)
-    if lazily and sums_of(x, w) is products and products.fits(w):
+    sums, (x, w) = sums_of(x, w), alike(x, w)
+    if lazily and sums is products and products.fits(w):
         return Product(products.fprop(x, w, stride, padding))
-    return sums_of(x, w).conv_fprop(*alike(x, w), stride, padding)
+    return sums.conv_fprop(x, w, stride, padding)
 
 
 def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int, lazily: bool = False):
@@ -50,10 +51,10 @@ def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int, lazily
     require_factorable("dgrad", w, (0, 1, 2))
     out = output_size(size, w.shape[1:3], stride, padding, g.name)
     require_shape("dgrad", g, (g.shape[0], *out, w.shape[0]))
-    if lazily and sums_of(g, w) is products and products.fits(w):
+    sums, (g, w) = sums_of(g, w), alike(g, w)
+    if lazily and sums is products and products.fits(w):
         return Product(products.dgrad(g, w, size, stride, padding))
-    g, w = alike(g, w)
-    dx = sums_of(g, w).conv_dgrad(g, w, size, stride, padding)
+    dx = sums.conv_dgrad(g, w, size, stride, padding)
     return dx if g.mix is None else g.mix.undo(dx)
 
 

@@ -54,11 +54,11 @@ def alike(a: QTensor, b: QTensor):
     """Both as they are if both are integers; beside an Identity operand both as floats."""
     if a.is_integer and b.is_integer:
         return a, b
-    dtype = common_dtype(a, b)
-    return as_floats(a, dtype), as_floats(b, dtype)
+    dtype, compiled = common_dtype(a, b), sums_of(a, b) is products
+    return tuple(as_floats(products.dequantized(t) if compiled else t, dtype) for t in (a, b))
 
 
 def sums_of(a: QTensor, b: QTensor):
-    """The module that multiplies these two: compiled for integers on a CPU that can, else BLAS."""
-    integers = a.is_integer and b.is_integer and array_module(a.codes) is np
-    return products if integers and choice.isa() else blas
+    """The module that multiplies these two: compiled on a CPU that can, but float64 by BLAS."""
+    compiled = choice.isa() and array_module(a.codes) is np and common_dtype(a, b) == "float32"
+    return products if compiled else blas

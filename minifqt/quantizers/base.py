@@ -134,6 +134,8 @@ class _Given(Stream):
 class Identity(Quantizer):
     """Full precision: codes are x in its own float dtype, scale 1, zero 0."""
 
+    reads_normalized = True                               # its range, to know that it is finite
+
     def __init__(self, bits: int | None = None):
         if bits is not None:
             raise ValueError(f"identity{bits}: full precision has no bits; write identity.")
@@ -143,8 +145,11 @@ class Identity(Quantizer):
         if x.size == 0:
             raise ValueError(f"an array of shape {x.shape} is empty: a quantizer needs at least "
                              "one number.")
+        known = getattr(x, "summary", None)
+        x = x.array() if isinstance(x, Lazy) else x
         with np.errstate(over="ignore", invalid="ignore"):
-            finite = xp.isfinite(x.sum())                 # one pass; a sum may overflow: look again
+            finite = (xp.isfinite(x.sum()) if known is None   # a sum may overflow: look again
+                      else np.isfinite(known.ranges).all())
         if xp is np and not finite:
             finite = xp.isfinite(x).all()
         stream.require_finite(finite)

@@ -1,6 +1,6 @@
-"""Compiled kernels for the CPU. They change no number: read reference.py for what they compute.
+"""Compiled kernels for the CPU: read reference.py for what they compute, integers bit for bit.
 
-tiles.py generates the integer micro-kernels, sums.py and products.py are a layer's three products,
+tiles.py generates the micro-kernels; sums.py, floats.py and products.py are the three products,
 codes.py, norms.py and mixing.py the elementwise rest, team.py the threads; choice.py says which
 instructions are used and why. Without numba all of it is absent, and NumPy does the work.
 """

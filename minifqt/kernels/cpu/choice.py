@@ -5,7 +5,8 @@
     avx2     vpmaddwd ymm    8 sums of 2 products s16 × s16  any AVX2 (vpmaddubsw would saturate)
     numpy    nothing compiled: float32 BLAS and NumPy
 
-All give the same integers. Next: tiles.py.
+All give the same integers. Float products of Identity operands take fused multiply-adds, the same
+bits by 8 and by 16; by numpy they are summed in another order. Next: tiles.py.
 """
 import hashlib
 from contextlib import suppress
@@ -21,6 +22,7 @@ except ImportError as error:
     numba, _missing = None, str(error)
 
 WORD = 4                                                  # bytes of contraction in one broadcast
+ROWS = (0,) * 8                                           # of a tile: as many sums in registers
 
 
 class Isa(NamedTuple):
@@ -52,7 +54,9 @@ def supported() -> list[str]:
 
 
 def set_instructions(name: str) -> None:
-    """Use these instructions from now on; "auto": the fastest. Changes speed, never a number.
+    """Use these instructions from now on; "auto": the fastest. They change speed and no integer.
+
+    Float products of Identity operands are rounded otherwise by numpy, which adds in another order.
 
     Raises ValueError for a name that is unknown or that this CPU does not have.
     """
@@ -69,8 +73,16 @@ def instructions() -> str:
 
 
 def isa() -> Isa | None:
-    """The instruction set of integer products; None: through BLAS."""
+    """The instruction set of integer products; None: nothing is compiled."""
     return ISAS.get(_chosen)
+
+
+def floats() -> Isa:
+    """How float32 products are computed: fused multiply-adds of 8 numbers, of 16 with AVX-512.
+
+    Narrower integer instructions than the CPU's own stand for an older CPU: 8.
+    """
+    return Isa("fma", 16 if _wide and _chosen == _fastest else 8, np.float32, ())
 
 
 def describe() -> str:
@@ -94,6 +106,7 @@ def compiled(function):
     return dispatcher
 
 
-_chosen = supported()[0]
+_chosen = _fastest = supported()[0]
+_wide = numba is not None and llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 _stamp = hashlib.sha256(b"".join(
     path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()

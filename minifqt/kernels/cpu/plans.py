@@ -103,10 +103,10 @@ def normalized_ranges(ranges, mean, inv_std, weight, bias, floor, out):
 
 
 @compiled
-def pack(w, out, taps):
-    """w (K, R, S, C) int8 → (blocks of K, R, words of a filter row, lanes, group); taps (R, S, K).
+def pack(w, down, right, out, taps):
+    """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group); taps (R, S, K).
 
-    taps  Σ over channels of each tap
+    down, right  (R,), (S,) order of the packed taps;  taps  Σ over channels of each
     """
     (K, R, S, C), (_, _, words, lanes, group) = w.shape, out.shape
     out[:], taps[:] = 0, 0
@@ -115,13 +115,14 @@ def pack(w, out, taps):
         for r in range(R):
             for s in range(S):
                 total, word = 0, s * (words // S)
+                row = w[k, down[r], right[s]]
                 for first in range(0, C, group):
                     for c in range(first, min(first + group, C)):
-                        code = w[k, r, s, c]
+                        code = row[c]
                         out[block, r, word, lane, c - first] = code
                         total += code
                     word += 1
-                taps[r, s, k] = total
+                taps[down[r], right[s], k] = total
 
 
 @compiled

@@ -1,7 +1,7 @@
-"""The three products of a layer on the CPU's integer dot products: the integers of reference.py.
+"""The three products of a layer by the CPU's dot products: reference.py's integers, and floats.
 
 Here operands are packed, scratch is cut and zeros and scales are prepared; the sums are in sums.py.
-What int32 could not hold, and weights with a zero, go to blas.py.
+What int32 could not hold, weights with a zero and a linear layer's floats go to blas.py.
 """
 from itertools import product
 
@@ -9,18 +9,19 @@ import numpy as np
 
 from minifqt.backend import empty, threads
 from minifqt.kernels import blas
-from minifqt.kernels.cpu import choice, plans
+from minifqt.kernels.cpu import choice, floats, plans
+from minifqt.kernels.cpu.choice import ROWS
 from minifqt.kernels.cpu.norms import run_of
 from minifqt.kernels.cpu.sums import correlate_gated, correlate_images, gemm_rows, wgrad_images
 from minifqt.kernels.cpu.team import begin, share
 from minifqt.kernels.reference import first_to_last, output_size
 from minifqt.kernels.seen import Seen, Summary
+from minifqt.qtensor import QTensor
 
 TERMS = 2**31 // (255 * 128) - 1                          # that int32 holds: 65,792
 STRIP = 1 << 17                                           # bytes of sums or codes kept in cache
 IMAGES = 16                                               # of one task of wgrad, at most
 NOTHING = np.empty((0, 0, 0), np.float32)
-ROWS = (0,) * 8                                           # of a tile: as many sums in registers
 
 
 def conv_fprop(x, w, stride, padding):
@@ -39,7 +40,7 @@ def fprop(x, w, stride, padding):
 def conv_dgrad(g, w, size, stride, padding):
     """g (N, P, Q, K), w (K, R, S, C) → (N, H, W, C), contracts R, S, K.
 
-    g, spread by the stride, is correlated with the turned w.
+    g, its pixels `stride` apart, is correlated with the turned w.
     """
     if not fits(w):
         return blas.conv_dgrad(g, w, size, stride, padding)
@@ -54,31 +55,36 @@ def dgrad(g, w, size, stride, padding):
 
 
 def fits(w):
-    """Signed, zero 0 as `sym` makes them, and int32 holds any sum; else BLAS does it."""
+    """Signed, zero 0 as `sym` makes them, and int32 holds any sum; or floats. Else BLAS does it."""
     longest = max(w.codes[0].size, w.codes[..., 0].size)  # of fprop, of dgrad
-    return w.codes.dtype == np.int8 and not w.zero.any() and longest <= TERMS
+    signed = w.codes.dtype == np.int8 and not w.zero.any() and longest <= TERMS
+    return signed or w.codes.dtype == np.float32
 
 
 class Correlation:
     """A correlation that is set up and not yet computed: its result can be asked for in three ways.
 
-    a (N, …, C) codes on a canvas at `offset`, `spread` apart; w (K, R, S, C) int8 with its scale
+    a (N, …, C) codes at `offset`, `spread` apart; w (K, R, S, C) int8 or float32, its scale
     """
 
     def __init__(self, a, w, scale, offset, spread, out, stride):
-        isa, (K, R, S, C), (P, Q), N = choice.isa(), w.shape, out, len(a.codes)
-        packed, taps = pack(w, isa)
+        (K, R, S, C), (P, Q), N, exact = w.shape, out, len(a.codes), a.is_integer
+        isa = choice.isa() if exact else choice.floats()
+        packed, taps = pack(w, isa, spread)
         self.shape, self.mix = (N, P, Q, K), a.mix
-        scale_a, zero = (np.full(N, v.reshape(-1), "float64") for v in (a.scale, a.zero))
-        scale_b = scale.reshape(-1).astype("float64")
-        flip = np.uint8(128 if a.codes.dtype == np.int8 else 0)
-        self.strip = max(1, min(P, STRIP // (stride * Q * stride * C)))
-        self._shape, self._packed, self._stride = (ROWS, (0,) * isa.lanes), packed, stride
-        self._taps, b1 = (R, S), np.empty((P, 0))
+        self._dtypes = (packed.dtype, "int32") if exact else ("uint32", "float32")
+        dtype = "float64" if exact else "float32"         # of the epilogue
+        scale_a, zero = (np.full(N, v.reshape(-1), dtype) for v in (a.scale, a.zero))
+        scale_b, codes = scale.reshape(-1).astype(dtype), codes_of(a)
+        flip = codes.dtype.type(128 if a.codes.dtype == np.int8 else 0)
+        self._shape, self._packed = (ROWS, (0,) * isa.lanes), packed
+        self._stride, self._spread = stride, spread
+        self.strip = self._strip(STRIP // (stride * Q * stride * C))
+        self._taps, b1 = (R, S), np.empty((P, 0), dtype)
         if flip or zero.any():
             b1 = np.empty((P, Q, K))
             plans.sums_of_present_taps(taps, a.shape[1:3], offset, spread, stride, b1)
-        self._image = codes_of(a), flip, offset, spread, (R, S), packed, stride
+        self._image = codes, flip, offset, spread, (R, S), packed, stride
         self._scales = zero, b1.reshape(P, -1), scale_a, scale_b
 
     def form(self, residual=None):
@@ -99,7 +105,7 @@ class Correlation:
         mix = (self.mix.plan() if self.mix is not None else
                (np.arange(N + 1), np.ones(N), np.ones(N), np.zeros(N), rows, np.ones(N)))
         largest = int(np.diff(mix[0]).max())              # rows of a group, side by side in cache
-        strip = max(1, min(P, 2 * STRIP // (4 * largest * Q * K)))
+        strip = self._strip(2 * STRIP // (4 * largest * Q * K))
         mixes = empty((threads(), largest, strip * Q * K))
         totals = empty((threads(), 4 * run_of(K)), "float64")
         sums = np.empty((2, (len(mix[0]) - 1) * -(-P // strip), K))
@@ -107,13 +113,20 @@ class Correlation:
               strip, *self._scales, *mix, x, norm, floor, y, sums)
         return y, sums
 
+    def _strip(self, rows):
+        """About so many rows of the result, each strip beginning with the same phase of taps."""
+        return min(self.shape[1], max(rows // self._spread, 1) * self._spread)
+
     def _scratch(self, strip):
         """For each thread a canvas under a strip of rows, and a row of sums, whole tiles wide."""
-        (_, _, Q, _), (blocks, R, words, lanes, group) = self.shape, self._packed.shape
-        wide, S = -(-Q // len(ROWS)) * len(ROWS), self._taps[1]
-        canvas = ((strip - 1) * self._stride + R, (wide - 1) * self._stride + S, words * group // S)
-        return (empty((threads(), *canvas), self._packed.dtype),
-                empty((threads(), wide * blocks * lanes), "int32"))
+        (_, _, Q, _), (blocks, _, words, lanes, group) = self.shape, self._packed.shape
+        tiles = len(ROWS) * self._spread
+        wide, room = -(-Q // tiles) * tiles, words * group // self._taps[1]
+        canvas = (*(((count - 1) * self._stride + taps - 1) // self._spread + 1
+                    for count, taps in zip((strip, wide), self._taps, strict=True)), room)
+        codes, sums = self._dtypes
+        return (empty((threads(), *canvas), codes),
+                empty((threads(), wide * blocks * lanes), sums))
 
 
 def conv_wgrad(g, x, kernel, stride, padding):
@@ -123,6 +136,8 @@ def conv_wgrad(g, x, kernel, stride, padding):
 
 def begin_wgrad(g, x, kernel, stride, padding):
     """conv_wgrad, begun by the other threads while this one goes on; call what it returns."""
+    if not g.is_integer:
+        return lambda: floats.conv_wgrad(codes_of(g), codes_of(x), kernel, stride, padding)
     isa, (_, P, Q, K), C, (R, S) = choice.isa(), g.shape, x.shape[3], kernel
     flip_g, flip_x = flips_of(g, x)
     if Q > TERMS:
@@ -175,7 +190,7 @@ def wgrad_scratch(isa, out, C, kernel, stride, strip):
 def matmul(a, b):
     """a bᵀ.  a (M, K), b (J, K) → (M, J), contracts K."""
     isa, (M, K), J = choice.isa(), a.shape, len(b.codes)
-    if K > TERMS:
+    if K > TERMS or not a.is_integer:
         return blas.matmul(a, b)
     flip_b, flip_a = flips_of(b, a)
     left = np.zeros((-(-M // 8) * 8, -(-K // isa.group), isa.group), isa.dtype)
@@ -197,15 +212,29 @@ def flips_of(signed, unsigned):
 
 
 def codes_of(t):
-    """Its codes as they lie in memory: contiguous, uint8."""
-    return np.ascontiguousarray(t.codes).view(np.uint8)
+    """Its codes as they lie in memory: contiguous, uint8, or floats as uint32."""
+    return np.ascontiguousarray(t.codes).view(f"u{t.codes.itemsize}")
 
 
-def pack(w, isa):
-    """w (K, R, S, C) int8 → (blocks of K, R, words of a filter row, lanes, group), Σ of taps."""
+def dequantized(t):
+    """The same rows as float32 codes, if they are integers with one scale; else t."""
+    if not t.is_integer or t.scale.size * t.zero.size > 1:
+        return t
+    codes, rows = np.ascontiguousarray(t.codes), empty(t.shape)
+    share(floats.dequantize, codes.reshape(-1), float(t.zero.item()), float(t.scale.item()),
+          rows.reshape(-1))
+    return QTensor(rows, t.scale, t.zero, t.mix, t.name)
+
+
+def pack(w, isa, spread=1):
+    """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group), Σ of taps (R, S, K).
+
+    Packed by the taps' remainders: those that meet the same pixels stand side by side.
+    """
     (K, R, S, C), lanes = w.shape, isa.lanes
     words = -(-C // isa.group) * S
     packed = np.empty((-(-K // lanes), R, words, lanes, isa.group), isa.dtype)
     taps = np.empty((R, S, K))
-    plans.pack(w, packed, taps)
+    orders = (np.argsort(np.arange(taps) % spread, kind="stable") for taps in (R, S))
+    plans.pack(w, *orders, packed, taps)
     return packed, taps

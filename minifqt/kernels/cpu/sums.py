@@ -1,9 +1,10 @@
-"""Integer sums of codes, compiled: correlation of images, its use in backward, wgrad, plain GEMM.
+"""Sums of codes, compiled: correlation of images, its use in backward, wgrad, plain GEMM.
 
 No columns are formed. A task places the rows of an image that it needs on a canvas in cache, with
 zeros for absent pixels, and tiles read the taps from there: neighbouring pixels are neighbouring
 words. The unsigned operand holds images or gradients, the signed one weights (in wgrad gradients);
-codes of the other kind are moved by 128 privately. Who calls, and with what: products.py.
+codes of the other kind are moved by 128 privately. float32 passes as its bits, and scales of its
+dtype make the epilogue float32; wgrad of floats: floats.py. Who calls, and with what: products.py.
 """
 import numpy as np
 
@@ -15,23 +16,22 @@ from minifqt.kernels.cpu.tiles import fetch, tile, turn16, words16
 
 
 @compiled
-def place(canvas, a, flip, top, offset, spread):
+def place(canvas, a, flip, top, offset):
     """Codes a (P, Q, C) on a canvas (rows, width, C') whose first row is row `top` of the whole.
 
-    Pixel (p, q) at offset + spread · (p, q); the rest is 0. flip 128 moves int8 codes to 0..255.
+    Pixel (p, q) at offset + (p, q); the rest is 0. flip 128 moves int8 codes to 0..255.
     """
     rows, width, room = canvas.shape
     P, Q, C = a.shape
     flat, source = canvas.reshape(rows, width * room), a.reshape(P, Q * C)
-    first = max(0, -(offset[1] // spread))
-    last = max(first, min(Q, (width - 1 - offset[1]) // spread + 1))
+    first = max(0, -offset[1])
+    last = max(first, min(Q, width - offset[1]))
     left, right = (offset[1] + first) * room, (offset[1] + last) * room
     for y in range(rows):
-        p, rest = divmod(top + y - offset[0], spread)
-        row = flat[y]
-        if rest != 0 or p < 0 or p >= P:
+        p, row = top + y - offset[0], flat[y]
+        if p < 0 or p >= P:
             row[:] = 0
-        elif spread == 1 and room == C:                   # one run of bytes
+        elif room == C:                                   # one run of bytes
             codes, target = source[p, first * C:last * C], row[left:right]
             row[:left] = 0
             for i in range(len(codes)):
@@ -41,24 +41,40 @@ def place(canvas, a, flip, top, offset, spread):
             row[:] = 0
             for q in range(first, last):
                 for c in range(C):
-                    canvas[y, offset[1] + spread * q, c] = a[p, q, c] ^ flip
+                    canvas[y, offset[1] + q, c] = a[p, q, c] ^ flip
 
 
 @compiled
-def correlate_row(rows, lanes, canvas, top, stride, b, taps, sums):
-    """Integer sums of one row of pixels whose first tap row is canvas[top]: sums (pixels · K',).
+def taps_at(y, offset, spread, taps):
+    """Which taps meet a pixel at y, where pixels lie `spread` apart from `offset` on.
 
-    b, packed: blocks of K, filter rows, words of a filter row, lanes, group
+    Taps are sorted by their remainders (`by_phase`): the first of y's, how many, its first pixel.
     """
-    (R, _), (blocks, _, words, width, _), M = taps, b.shape, len(rows)
+    phase, least, more = (offset - y) % spread, taps // spread, taps % spread
+    return (phase * least + min(phase, more), least + (phase < more),
+            (y + phase - offset) // spread + offset // spread)
+
+
+@compiled
+def correlate_row(rows, lanes, canvas, y, offset, spread, stride, b, taps, sums):
+    """Sums of row y of the pixels under a canvas: sums (pixels · K',).
+
+    b, packed: blocks of K, filter rows, words of a filter row, lanes, group; taps as in taps_at
+    """
+    (R, S), (blocks, _, words, width, _), M = taps, b.shape, len(rows)
     pixel, padded = canvas.shape[2] * b.itemsize, blocks * width
-    pitch = canvas.shape[1] * pixel
-    for block in range(blocks):
-        for q in range(0, len(sums) // padded, M):
-            tile(rows, lanes, b, canvas.ctypes.data + top * pitch + q * stride * pixel,
-                 stride * pixel, b.ctypes.data + block * R * words * width * WORD,
-                 sums.ctypes.data + 4 * (q * padded + block * width), padded,
-                 ((1, 0, 0), (R, pitch, words * width * WORD), (words, WORD, width * WORD)), ())
+    pitch, line = canvas.shape[1] * pixel, words * width * WORD
+    r, tall, p = taps_at(y, offset[0], spread, R)
+    for phase in range(spread):
+        s, wide, q = taps_at(phase, offset[1], spread, S)
+        start = canvas.ctypes.data + (p * pitch + q * pixel) * stride
+        loops = ((1, 0, 0), (tall, pitch, line), (wide * words // S, WORD, width * WORD))
+        for block in range(blocks):
+            weights = b.ctypes.data + (block * R + r) * line + s * line // S
+            for i in range(0, len(sums) // padded // spread, M):
+                tile(rows, lanes, b, start + i * stride * pixel, stride * pixel, weights,
+                     sums.ctypes.data + 4 * ((i * spread + phase) * padded + block * width),
+                     spread * padded, loops, ())
 
 
 @compiled
@@ -98,6 +114,7 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
         return
     N, P, Q, K = y.shape
     canvas, acc, run, padded = canvases[me], accs[me], run_of(K), b.shape[0] * b.shape[3]
+    corner = (offset[0] // spread, offset[1] // spread)   # of the pixels, side by side
     flat_y, width = y.reshape(N, P * Q * K), Q * K
     s1, s2 = np.empty(run), np.empty(run)
     low, high = np.empty(run, np.float32), np.empty(run, np.float32)
@@ -107,13 +124,13 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
             break
         s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
         for top in range(0, P, strip):
-            place(canvas, a[n], flip, top * stride, offset, spread)
+            place(canvas, a[n], flip, top * stride // spread, corner)
             for p in range(top, min(P, top + strip)):
                 out = flat_y[n, p * width:(p + 1) * width]
                 fetch(out)
                 if residual.size:
                     fetch(residual[n, p])
-                correlate_row(rows, lanes, canvas, (p - top) * stride, stride, b, taps, acc)
+                correlate_row(rows, lanes, canvas, p - top, offset, spread, stride, b, taps, acc)
                 scale_row(acc, padded, K, zero[n], flip, b1[p], scale_a[n], scale_b, out)
                 if residual.size:
                     other = residual[n, p]
@@ -143,7 +160,7 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
         return
     N, P, Q, K = y.shape
     canvas, acc, mixed, total, run = canvases[me], accs[me], mixes[me], totals[me], run_of(K)
-    padded = b.shape[0] * b.shape[3]
+    padded, corner = b.shape[0] * b.shape[3], (offset[0] // spread, offset[1] // spread)
     s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
     nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
     order, ones = np.arange(len(mixed)), np.ones(len(mixed))
@@ -156,12 +173,12 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
         height, first, last = min(strip, P - top), starts[group], starts[group + 1]
         s1[:], s2[:], D, at = 0, 0, height * Q * K, top * Q * K
         for j in range(first, last):
-            place(canvas, a[j], flip, top * stride, offset, spread)
+            place(canvas, a[j], flip, top * stride // spread, corner)
             for p in range(height):
                 here = slice(at + p * Q * K, at + (p + 1) * Q * K)
                 fetch(flat_x[target[j], here])
                 fetch(flat_y[target[j], here])
-                correlate_row(rows, lanes, canvas, p * stride, stride, b, taps, acc)
+                correlate_row(rows, lanes, canvas, p, offset, spread, stride, b, taps, acc)
                 scale_row(acc, padded, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
                           mixed[j - first, p * Q * K:(p + 1) * Q * K])
         for left in range(0, D, 4 * run):
@@ -206,7 +223,7 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
         height, count = min(strip, P - top), min(images, N - start)
         for n in range(count):
             # x as rows of channels, one for each phase of the stride; g as words of a few pixels
-            place(image, x[start + n], flip_x, top * stride, offset, 1)
+            place(image, x[start + n], flip_x, top * stride, offset)
             add_codes(image, 0, seen)
             for y in range(tall):
                 for phase in range(stride):
@@ -217,7 +234,7 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
                             turn16(left, a + c, stride * room, b + c * line, line)
             if g1.size:
                 add_codes(g[start + n, top:top + height], 128 ^ flip_g, g1[me, top:top + height])
-            place(spots, g[start + n], flip_g, top, (0, 0), 1)
+            place(spots, g[start + n], flip_g, top, (0, 0))
             for p in range(height):
                 for quad in range(quads):
                     a = spots[p].ctypes.data + quad * group * padded

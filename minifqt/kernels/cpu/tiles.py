@@ -1,4 +1,4 @@
-"""One generator of integer micro-kernels, and the few instructions that NumPy's language lacks.
+"""One generator of micro-kernels, and the few instructions that NumPy's language lacks.
 
 A tile multiplies `rows` broadcast words by a vector of words and keeps all sums in registers. What
 is compiled is told by types alone (a tuple of 8 numbers means 8 rows), so that numba can keep the
@@ -15,18 +15,20 @@ BYTES, WORDS = ir.VectorType(ir.IntType(8), 16), ir.VectorType(I32, 16)
 
 @intrinsic
 def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
-    """c[rows, lanes] (+)= Σ over three nested loops of word(a) · vector(b), int32.
+    """c[rows, lanes] (+)= Σ over three nested loops of word(a) · vector(b), int32 or float32.
 
     rows, lanes  tuples: their lengths are the tile's shape
-    like         an array of packed codes, int8 or int16: which instruction (choice.py)
-    a, b, c      addresses; a_row bytes between the rows of a; ldc int32s between rows of c
+    like         an array of packed codes, int8, int16 or float32: which instruction (choice.py)
+    a, b, c      addresses; a_row bytes between the rows of a; ldc sums between rows of c
     loops        three (count, bytes a moves, bytes b moves), the outermost first
     accumulate   a tuple, empty to start from zero
     """
     M, L = rows.count, lanes.count
-    wide = ir.VectorType(I32, L)
-    short = like.dtype == types.int16
-    name = ("llvm.x86.avx2.pmadd.wd" if short else f"llvm.x86.avx512.vpdpbusd.{32 * L}")
+    short, real = like.dtype == types.int16, like.dtype == types.float32
+    element = ir.FloatType() if real else I32
+    wide = ir.VectorType(element, L)
+    name = (f"llvm.fma.v{L}f32" if real else "llvm.x86.avx2.pmadd.wd" if short else
+            f"llvm.x86.avx512.vpdpbusd.{32 * L}")
     add = accumulate.count > 0
     signature = types.void(rows, lanes, like, *[types.intp] * 5, loops, accumulate)
 
@@ -34,12 +36,13 @@ def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
         *_, a, a_row, b, c, ldc, loops, _ = arguments
         number = lambda v: ir.Constant(I64, v)            # noqa: E731
         undefined, zeros = ir.Constant(wide, ir.Undefined), ir.Constant(wide, [0] * L)
+        everywhere = ir.Constant(ir.VectorType(I32, L), [0] * L)
 
         def dot(total, left, right):
             if not short:
                 f = cgutils.get_or_insert_function(
                     builder.module, ir.FunctionType(wide, [wide] * 3), name)
-                return builder.call(f, [total, left, right])
+                return builder.call(f, [left, right, total] if real else [total, left, right])
             pairs = ir.VectorType(I16, 2 * L)
             f = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(wide, [pairs] * 2), name)
@@ -57,9 +60,9 @@ def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
             if level == 3:
                 right = _load(builder, b, wide)
                 for m in range(M):
-                    word = _load(builder, builder.add(a, builder.mul(a_row, number(m))), I32)
+                    word = _load(builder, builder.add(a, builder.mul(a_row, number(m))), element)
                     single = builder.insert_element(undefined, word, ir.Constant(I32, 0))
-                    left = builder.shuffle_vector(single, undefined, zeros)
+                    left = builder.shuffle_vector(single, undefined, everywhere)
                     builder.store(dot(builder.load(sums[m]), left, right), sums[m])
                 return
             count, a_step, b_step = (
