@@ -38,10 +38,11 @@ def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int, lazi
     require_factorable("wgrad", x, (0, 1, 2))
     out = output_size(x.shape[1:3], kernel, stride, padding, x.name)
     require_shape("wgrad", g, (x.shape[0], *out, g.shape[3]))
-    if lazily and sums_of(g, x) is products and threads() > 1:
+    sums, (g, x) = sums_of(g, x), alike(g, x)
+    if lazily and sums is products and threads() > 1:
         return WeightGradient((g.shape[3], *kernel, x.shape[3]),
                               products.begin_wgrad(g, x, kernel, stride, padding))
-    return sums_of(g, x).conv_wgrad(*alike(g, x), kernel, stride, padding)
+    return sums.conv_wgrad(g, x, kernel, stride, padding)
 
 
 def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int, lazily: bool = False):

@@ -10,7 +10,7 @@ from minifqt.backend import empty, threads
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.cpu.choice import ROWS, WORD, compiled
 from minifqt.kernels.cpu.sums import place
-from minifqt.kernels.cpu.team import leave, seat, share, take
+from minifqt.kernels.cpu.team import begin, leave, seat, share, take
 from minifqt.kernels.cpu.tiles import tile
 
 PARTS, PART = 16, 1 << 24                                 # partial sums, and numbers in all of them
@@ -18,8 +18,11 @@ CACHE = 1 << 17                                           # bytes of pixels, rea
 BLOCK = 1 << 14                                           # numbers of a task
 
 
-def conv_wgrad(g, x, kernel, stride, padding):
-    """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q.  Bits of float32."""
+def begin_wgrad(g, x, kernel, stride, padding):
+    """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q.  Bits of float32.
+
+    Begun by the other threads while this one goes on; call what it returns.
+    """
     lanes, (N, P, Q, K), C, (R, S) = choice.floats().lanes, g.shape, x.shape[3], kernel
     padded, words = -(-K // lanes) * lanes, -(-S * C // len(ROWS)) * len(ROWS)
     count = max(1, min(N, PARTS, PART // (R * words * padded)))
@@ -27,11 +30,16 @@ def conv_wgrad(g, x, kernel, stride, padding):
     tall, wide = (strip - 1) * stride + R, (Q - 1) * stride + S
     canvases = empty((threads(), tall * wide * C + words), "uint32")          # read to its end
     parts = empty((count, R, words, padded))
-    share(wgrad_parts, canvases, empty((threads(), strip, Q, padded), "uint32"), ROWS, (0,) * lanes,
-          g, x, wide, (padding, padding), stride, kernel, parts)
-    total = empty((R, S * C, K))
-    share(add_parts, parts, total)
-    return np.ascontiguousarray(total.reshape(R, S, C, K).transpose(3, 0, 1, 2))
+    end = begin(wgrad_parts, canvases, empty((threads(), strip, Q, padded), "uint32"), ROWS,
+                (0,) * lanes, g, x, wide, (padding, padding), stride, kernel, parts)
+
+    def sum_of_parts():
+        end()
+        total = empty((R, S * C, K))
+        share(add_parts, parts, total)
+        return np.ascontiguousarray(total.reshape(R, S, C, K).transpose(3, 0, 1, 2))
+
+    return sum_of_parts
 
 
 @compiled

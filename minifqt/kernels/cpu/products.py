@@ -137,7 +137,7 @@ def conv_wgrad(g, x, kernel, stride, padding):
 def begin_wgrad(g, x, kernel, stride, padding):
     """conv_wgrad, begun by the other threads while this one goes on; call what it returns."""
     if not g.is_integer:
-        return lambda: floats.conv_wgrad(codes_of(g), codes_of(x), kernel, stride, padding)
+        return floats.begin_wgrad(codes_of(g), codes_of(x), kernel, stride, padding)
     isa, (_, P, Q, K), C, (R, S) = choice.isa(), g.shape, x.shape[3], kernel
     flip_g, flip_x = flips_of(g, x)
     if Q > TERMS:
