@@ -12,8 +12,9 @@ from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice, floats, plans
 from minifqt.kernels.cpu.choice import ROWS
 from minifqt.kernels.cpu.norms import run_of
-from minifqt.kernels.cpu.sums import correlate_gated, correlate_images, gemm_rows, wgrad_images
+from minifqt.kernels.cpu.sums import correlate_gated, correlate_images, gemm_rows
 from minifqt.kernels.cpu.team import begin, share
+from minifqt.kernels.cpu.wgrad import wgrad_images
 from minifqt.kernels.reference import first_to_last, output_size
 from minifqt.kernels.seen import Seen, Summary
 from minifqt.qtensor import QTensor

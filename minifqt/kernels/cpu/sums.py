@@ -1,10 +1,10 @@
-"""Sums of codes, compiled: correlation of images, its use in backward, wgrad, plain GEMM.
+"""Sums of codes, compiled: correlation of images, its use in backward, plain GEMM.
 
 No columns are formed. A task places the rows of an image that it needs on a canvas in cache, with
 zeros for absent pixels, and tiles read the taps from there: neighbouring pixels are neighbouring
-words. The unsigned operand holds images or gradients, the signed one weights (in wgrad gradients);
+words. The unsigned operand holds images or gradients, the signed one weights;
 codes of the other kind are moved by 128 privately. float32 passes as its bits, and scales of its
-dtype make the epilogue float32; wgrad of floats: floats.py. Who calls, and with what: products.py.
+dtype make the epilogue float32. Who calls, and with what: products.py. Next: wgrad.py.
 """
 import numpy as np
 
@@ -12,7 +12,7 @@ from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
 from minifqt.kernels.cpu.norms import fold, gradient_sums_rows, run_of, summarize_run
 from minifqt.kernels.cpu.team import leave, seat, take
-from minifqt.kernels.cpu.tiles import fetch, tile, turn16, words16
+from minifqt.kernels.cpu.tiles import fetch, tile
 
 
 @compiled
@@ -192,97 +192,6 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
                                    s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
     leave(counter)
-
-
-@compiled
-def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows, lanes, g, flip_g,
-                 x, flip_x, offset, stride, taps, strip, total, x1, g1):
-    """Adds Σ g·x over images and pixels to a thread's total, Σ x to its x1, Σ g to its g1.
-
-    g (N, P, Q, K), x (N, H, W, C), moved to the signed and to the unsigned side by their flips
-    canvases .. seens  scratch of each thread, shapes in `wgrad_scratch`
-    total  (threads, R, S, C', K'), x1 (threads, R, S, C), int64; C', K' are multiples of 16
-    g1     (threads, P, Q, K) int64, Σ over images of g moved to 0..255; empty if not needed
-    """
-    me = seat(counter)
-    if me < 0:
-        return
-    (N, P, Q, _), (R, S) = g.shape, taps
-    image, spots, left, right = canvases[me], places[me], lefts[me], rights[me]
-    sums, seen, mine = partials[me], seens[me], total[me].reshape(-1)
-    images, tall, _, room, pitch = left.shape
-    quads, padded, item = right.shape[2], right.shape[3], left.itemsize
-    group, width, line = WORD // item, len(lanes), pitch * left.itemsize
-    strips, flat = (P + strip - 1) // strip, sums.reshape(-1)
-    sums[:], seen[:] = 0, 0
-    while True:
-        task = take(counter)
-        if task >= (N + images - 1) // images * strips:
-            break
-        start, top = task // strips * images, task % strips * strip
-        height, count = min(strip, P - top), min(images, N - start)
-        for n in range(count):
-            # x as rows of channels, one for each phase of the stride; g as words of a few pixels
-            place(image, x[start + n], flip_x, top * stride, offset)
-            add_codes(image, 0, seen)
-            for y in range(tall):
-                for phase in range(stride):
-                    for q in range(0, pitch, 16):
-                        a = image.ctypes.data + (y * image.shape[1] + q * stride + phase) * room
-                        b = left[n, y, phase].ctypes.data + q * item
-                        for c in range(0, room, 16):
-                            turn16(left, a + c, stride * room, b + c * line, line)
-            if g1.size:
-                add_codes(g[start + n, top:top + height], 128 ^ flip_g, g1[me, top:top + height])
-            place(spots, g[start + n], flip_g, top, (0, 0))
-            for p in range(height):
-                for quad in range(quads):
-                    a = spots[p].ctypes.data + quad * group * padded
-                    b = right[n, p, quad].ctypes.data
-                    for k in range(0, padded, 16):
-                        words16(left, a + k, padded, b + k * WORD)
-        for r in range(R):
-            for s in range(S):                            # a tap moves x by the size of a code
-                a = left.ctypes.data + (r * stride + s % stride) * room * line + s // stride * item
-                for k in range(0, padded, width):
-                    for c in range(0, x.shape[3], len(rows)):
-                        tile(rows, lanes, left, a + c * line, line, right.ctypes.data + k * WORD,
-                             sums[r, s, c].ctypes.data + k * 4, padded,
-                             ((count, tall * stride * room * line, strip * quads * padded * WORD),
-                              (height, stride * stride * room * line, quads * padded * WORD),
-                              (quads, WORD, padded * WORD)), (0,))
-        add_taps(seen, x1[me], stride, height, Q)
-        for i in range(len(flat)):                        # int32 holds the sums of one task
-            mine[i] += flat[i]
-        sums[:], seen[:] = 0, 0
-    leave(counter)
-
-
-@compiled
-def add_codes(codes, flip, total):
-    """total += codes ^ flip, element by element."""
-    for y in range(codes.shape[0]):
-        source, target = codes[y].reshape(-1), total[y].reshape(-1)
-        for i in range(source.size):
-            target[i] += source[i] ^ np.uint8(flip)
-
-
-@compiled
-def add_taps(image, x1, stride, height, Q):
-    """x1[r, s, c] += Σ over output pixels of what tap (r, s) reads.  image (tall, wide, C)."""
-    R, S, C = x1.shape
-    row = np.empty(C, np.int64)
-    for y in range(image.shape[0]):
-        for s in range(S):
-            row[:] = 0
-            for q in range(Q):
-                for c in range(C):
-                    row[c] += image[y, s + q * stride, c]
-            for r in range(R):
-                p, rest = divmod(y - r, stride)
-                if rest == 0 and 0 <= p < height:
-                    for c in range(C):
-                        x1[r, s, c] += row[c]
 
 
 @compiled
