@@ -9,7 +9,7 @@ Whoever else reads them gets plain numbers.
 """
 import numpy as np
 
-from minifqt.kernels import conv, norm
+from minifqt.kernels import conv, norm, rounding
 from minifqt.kernels.conv import Product
 from minifqt.kernels.norm import Normalized
 from minifqt.kernels.seen import Lazy, suits
@@ -31,9 +31,10 @@ class FusedConv2d(Conv2d):
     def backward(self, dy):
         qx, qw = self.saved()
         dy = dy.array() if isinstance(dy, Lazy) else dy
-        self.weight.grad = conv.wgrad(self.q.grad_w(dy), qx, self.kernel_size, self.stride,
-                                      self.padding, lazily=True)
-        gx = self.q.grad_x(dy)                            # while other threads begin with wgrad
+        with rounding.one_read(dy):
+            gw, gx = self.q.grad_w(dy), self.q.grad_x(dy)
+        self.weight.grad = conv.wgrad(gw, qx, self.kernel_size, self.stride, self.padding,
+                                      lazily=True)
         if self.has_bias:
             self.bias.grad = norm.channel_sum(dy).astype(dy.dtype)
         return conv.dgrad(gx, qw, qx.shape[1:3], self.stride, self.padding, lazily=True)

@@ -3,6 +3,8 @@
 Compiled, the noise is made where it is used. On a GPU the reference, which is plainer, itself runs:
 whole arrays, no sync.
 """
+from contextlib import contextmanager
+
 import numpy as np
 
 from minifqt.backend import Array, array_module, empty, map_blocks
@@ -17,6 +19,50 @@ if choice.numba is not None:
     from minifqt.kernels.cpu.team import share
 
 _BLOCK = 1 << 16                                          # float32s, 256 kB: in a core's L2 cache
+_waiting = None                                           # inside `one_read`
+
+
+@contextmanager
+def one_read(x: Array):
+    """Inside, the first rounding of x with one scale is done in the next compiled pass over x.
+
+    Its codes are there at the end, not before.
+    """
+    global _waiting
+    _waiting = _Waiting(x) if suits(x) else None
+    try:
+        yield
+        if _waiting and _waiting.job:                     # nobody came by
+            share(codes.round_rows, *_waiting.alone)
+    finally:
+        _waiting = None
+
+
+class _Waiting:
+    """For x, contiguous: the rounding that waits, as it is done beside another and alone."""
+
+    def __init__(self, x):
+        self.memory, self.size, self.job, self.alone = x.ctypes.data, x.size, None, None
+
+    def is_for(self, x):
+        return x.size == self.size and x.ctypes.data == self.memory
+
+    def take(self, x, rounding, out):
+        """Whether this rounding of x will be done later; if so, it is remembered."""
+        if self.alone or len(x) != 1 or not self.is_for(x):
+            return False
+        shift, inv, code, *rest = rounding
+        self.job = (shift[0], inv[0], code[0], *rest, out.reshape(-1))
+        self.alone = (x, codes.NOTHING_BESIDE, *rounding, out)
+        return True
+
+
+def rounding_of(x: np.ndarray) -> tuple:
+    """What a pass over x does beside its own work (codes.round_beside); the caller then does it."""
+    if not (_waiting and _waiting.job and _waiting.is_for(x)):
+        return codes.NOTHING_BESIDE
+    job, _waiting.job = _waiting.job, None
+    return job
 
 
 def known_ranges(x: Array, rows: int) -> tuple[Array, Array] | None:
@@ -81,7 +127,8 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
         out = empty(x.shape, dtype)
         rounding = *(v.reshape(-1) for v in (shift, inv, code)), lowest, highest, *source
         if suits(x):
-            share(codes.round_rows, x, *rounding, out.view(np.uint8))
+            if not (_waiting and _waiting.take(x, rounding, out.view(np.uint8))):
+                share(codes.round_rows, x, rounding_of(x), *rounding, out.view(np.uint8))
         else:
             x.rounded(rounding, out.view(np.uint8).reshape(len(x), -1))
         return out

@@ -16,8 +16,8 @@ from minifqt.backend import (
     segment_sum,
     threads,
 )
-from minifqt.kernels import rounding
 from minifqt.kernels.cpu import choice
+from minifqt.kernels.rounding import known_ranges, rounding_of, row_ranges
 from minifqt.kernels.seen import Lazy, Summary, blank, images, suits
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import as_rows, finite_ranges, grid
@@ -62,7 +62,7 @@ class BHQ(Quantizer):
         low, high = finite_ranges(x, len(x), stream)
         mix = Householder(low[:, 0].astype("float64"), high[:, 0].astype("float64"))
         mixed, exponent = mix.apply_rescaled(as_rows(x, len(x)))
-        low, high = rounding.known_ranges(mixed, len(x)) or rounding.row_ranges(mixed)
+        low, high = known_ranges(mixed, len(x)) or row_ranges(mixed)
         return mix, grid(mixed, low, high, self.bins, exponent)
 
 
@@ -261,4 +261,5 @@ class Mixed(Lazy):
         out, ranges, rounding = (none if wanted is None else wanted for wanted, none in
                                  zip((out, ranges, rounding), mixing.NOTHING, strict=True))
         totals = empty((threads(), mixing.CHUNK), "float64")
-        share(mixing.reflect, totals, self.x, *self.operands, self.parts, out, ranges, *rounding)
+        share(mixing.reflect, totals, self.x, rounding_of(self.x), *self.operands, self.parts,
+              out, ranges, *rounding)

@@ -11,6 +11,8 @@ from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
 
 # The range of no number, as `widen` takes it.
+NOTHING_BESIDE = (*np.zeros(5, np.float32), np.frombuffer(bytes(16), np.uint64), 0, -1,
+                  np.empty(0, np.uint8))
 NOTHING_YET = np.int32(2**31 - 1), np.int32(-2**31)
 
 
@@ -25,7 +27,19 @@ def round_run(x, noise, shift, inv, code, lowest, highest, out):
 
 
 @compiled
-def round_rows(counter, x, shift, inv, code, lowest, highest, key, step, constant, out):
+def round_beside(x, first, beside, state, words):
+    """Another rounding of numbers x, elements first .. of their array, if one is asked for.
+
+    beside  shift, inv, code .. constant as round_rows takes them, but numbers; codes, flat or empty
+    """
+    shift, inv, code, lowest, highest, key, step, constant, out = beside
+    if out.size:
+        noise = noise_of(key, step, first, len(x), constant, state, words)
+        round_run(x, noise, shift, inv, code, lowest, highest, out[first:first + len(x)])
+
+
+@compiled
+def round_rows(counter, x, beside, shift, inv, code, lowest, highest, key, step, constant, out):
     """Codes of x (N, D) with one shift, inv and code a row; noise of flat elements."""
     me = seat(counter)
     if me < 0:
@@ -39,6 +53,7 @@ def round_rows(counter, x, shift, inv, code, lowest, highest, key, step, constan
             break
         n, start = task // parts, task % parts * CHUNK
         stop = min(D, start + CHUNK)
+        round_beside(x[n, start:stop], n * D + start, beside, state, words)
         noise = noise_of(key, step, n * D + start, stop - start, constant, state, words)
         round_run(x[n, start:stop], noise, shift[n], inv[n], code[n], lowest, highest,
                   out[n, start:stop])

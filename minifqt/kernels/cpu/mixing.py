@@ -2,7 +2,7 @@
 import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
-from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_run, widen
+from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_beside, round_run, widen
 from minifqt.kernels.cpu.noise import BLOCKS, TURN, noise_of
 from minifqt.kernels.cpu.team import leave, seat, take
 
@@ -40,14 +40,15 @@ def reflect_row(row, before, v, total, after, out):
 
 
 @compiled
-def reflect(counter, totals, x, source, before, starts, root, gain, v, target, after, parts, out,
-            ranges, shift, inv, code, lowest, highest, key, step, constant, codes):
+def reflect(counter, totals, x, beside, source, before, starts, root, gain, v, target, after, parts,
+            out, ranges, shift, inv, code, lowest, highest, key, step, constant, codes):
     """y[target[j]] = reflect_row of x[source[j]], in groups of rows between `starts`.
 
     totals  (threads, CHUNK) float64, scratch
     parts   into which columns are cut, for the threads to share
     What is asked for, the rest being empty: out, y itself (N, D); ranges (2, N, parts) of y; codes
     (N, D) of y, as codes.round_rows takes shift .. constant. Nobody else sees y outside the cache.
+    beside  another rounding, of x itself (codes.round_beside)
     """
     me = seat(counter)
     if me < 0:
@@ -72,7 +73,9 @@ def reflect(counter, totals, x, source, before, starts, root, gain, v, target, a
             for j in range(first, last):
                 r = target[j]
                 result = out[r, left:right] if out.size else y[:right - left]
-                reflect_row(x[source[j], left:right], before[j], v[j], total, after[j], result)
+                row = x[source[j], left:right]
+                round_beside(row, source[j] * D + left, beside, state, words)
+                reflect_row(row, before[j], v[j], total, after[j], result)
                 if ranges.size:
                     low[j], high[j] = widen(result, low[j], high[j])
                 if codes.size:
