@@ -12,7 +12,7 @@ import numpy as np
 from minifqt.kernels import conv, norm, rounding
 from minifqt.kernels.conv import Product
 from minifqt.kernels.norm import Normalized
-from minifqt.kernels.seen import Lazy, suits
+from minifqt.kernels.seen import Lazy, Seen, suits
 from minifqt.layers import BatchNorm2d, Conv2d, Layer, ReLU
 from minifqt.layers.base import as_input
 
@@ -23,21 +23,39 @@ class FusedConv2d(Conv2d):
     def forward(self, x):
         if self.has_bias:
             return super().forward(x)
+        first = suits(x) and not isinstance(x, Seen)      # given from outside: images, perhaps
         x = as_input(self, x, "(N, H, W, C)", self.in_channels)
         qx, qw = self.q.act(x), self.q.weight(self.weight.data)
-        self.save(qx, qw)
+        self.save(qx, qw, first)
         return conv.fprop(qx, qw, self.stride, self.padding, lazily=True)
 
     def backward(self, dy):
-        qx, qw = self.saved()
+        qx, qw, *first = self.saved()                     # the plain forward saves two
         dy = dy.array() if isinstance(dy, Lazy) else dy
         with rounding.one_read(dy):
-            gw, gx = self.q.grad_w(dy), self.q.grad_x(dy)
+            gw = self.q.grad_w(dy)
+            gx = None if any(first) else self.q.grad_x(dy)
         self.weight.grad = conv.wgrad(gw, qx, self.kernel_size, self.stride, self.padding,
                                       lazily=True)
         if self.has_bias:
             self.bias.grad = norm.channel_sum(dy).astype(dy.dtype)
+        if gx is None:
+            return InputGradient(self, dy, qx.shape, qw)
         return conv.dgrad(gx, qw, qx.shape[1:3], self.stride, self.padding, lazily=True)
+
+
+class InputGradient(Lazy):
+    """dx of a first layer, for which nobody asks in training: dy is not even quantized before."""
+
+    def __init__(self, layer, dy, shape, qw):
+        super().__init__(shape)
+        self.layer, self.dy, self.qw, self.step = layer, dy, qw, layer.streams.step
+
+    def form(self):
+        """Its numbers, with the noise of the step that it belongs to."""
+        with self.layer.streams.at(self.step):
+            gx = self.layer.q.grad_x(self.dy)
+        return conv.dgrad(gx, self.qw, self.shape[1:3], self.layer.stride, self.layer.padding)
 
 
 class FusedBatchNorm2d(BatchNorm2d):

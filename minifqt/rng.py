@@ -6,6 +6,7 @@ no order of calls. Next: qtensor.py.
 """
 import hashlib
 import math
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -61,6 +62,15 @@ class Streams:
     def stream(self, name: str) -> "Stream":
         """The stream of this name; two names are two independent noises."""
         return Stream(self, name)
+
+    @contextmanager
+    def at(self, step: int):
+        """Inside, noise is that of another step."""
+        now, self.step = self.step, step
+        try:
+            yield
+        finally:
+            self.step = now
 
     def require_finite(self, name: str, finite: Array) -> None:
         """ValueError naming the tensor unless finite; on a GPU, for no sync, at `raise_pending`."""
