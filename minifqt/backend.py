@@ -23,6 +23,7 @@ Array: TypeAlias = Any                                    # numpy.ndarray or cup
 
 _blas = ThreadpoolController()
 _pool: ThreadPoolExecutor | None = None
+_ELEMENTS = 1 << 18                                       # in a block of elementwise work
 _LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
 _shelf: dict[int, list[np.ndarray]] = {}                  # free memory by size
 _SLAB, _slab_lock = 1 << 26, Lock()
@@ -76,29 +77,52 @@ def threads() -> int:
 def map_blocks(function: Callable, count: int, size: int) -> list:
     """[function(slice) for each block of `size` of range(count)], on all threads, results in order.
 
-    BLAS runs on one thread in each worker: its own threads would fight the pool's and change the
-    order of float sums.
+    The caller works too. BLAS runs on one thread in each worker: its own threads would fight the
+    pool's and change the order of float sums.
     """
     global _pool
     blocks = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
+    results, todo = [None] * len(blocks), iter(range(len(blocks)))
+
+    def work():                                           # whoever is free takes the next block
+        np.setbufsize(1024)                               # longer rows are not copied, to be scaled
+        for i in todo:
+            results[i] = function(blocks[i])
+
     with one_blas_thread():
-        if _threads == 1 or len(blocks) == 1:
-            return [function(block) for block in blocks]
-        if _pool is None:
-            _pool = ThreadPoolExecutor(_threads, thread_name_prefix="minifqt")
-        contexts = [copy_context() for _ in blocks]       # np.errstate of the caller
-        return list(_pool.map(lambda block, context: context.run(function, block), blocks,
-                              contexts))
+        helpers = min(_threads, len(blocks)) - 1
+        if helpers > 0 and _pool is None:
+            _pool = ThreadPoolExecutor(_threads - 1, thread_name_prefix="minifqt")
+        # each in a context of its own, with the caller's np.errstate
+        others = [_pool.submit(copy_context().run, work) for _ in range(helpers)]
+        try:
+            copy_context().run(work)
+        finally:
+            for other in others:
+                if not other.cancel():                    # else it came too late
+                    other.result()
+    return results
 
 
-def empty(shape: tuple, dtype="float32") -> np.ndarray:
+def elementwise(ufunc: np.ufunc, x: np.ndarray, y, dtype="float32") -> np.ndarray:
+    """ufunc(x, y) on all threads, into kept memory.  x (N, …), y a number or of x's shape."""
+    out = empty(x.shape, dtype)
+
+    def block(part):
+        ufunc(x[part], y[part] if np.ndim(y) else y, out=out[part])
+
+    map_blocks(block, len(x), max(1, len(x) * _ELEMENTS // max(1, x.size)))
+    return out
+
+
+def empty(shape: tuple, dtype="float32", xp=np) -> Array:
     """An array whose memory, if large, comes from arrays that were let go: no page is new twice.
 
     A step then allocates nothing large, and pays no page faults. Contents are arbitrary.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size < _LARGE:
-        return np.empty(shape, dtype)
+    if size < _LARGE or xp is not np:
+        return xp.empty(shape, dtype)
     return np.asarray(_Loan(size)).view(dtype).reshape(shape)
 
 

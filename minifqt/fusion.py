@@ -9,6 +9,7 @@ Whoever else reads them gets plain numbers.
 """
 import numpy as np
 
+from minifqt.backend import array_module, elementwise
 from minifqt.kernels import conv, norm, rounding
 from minifqt.kernels.conv import Product
 from minifqt.kernels.norm import Normalized
@@ -27,19 +28,21 @@ class FusedConv2d(Conv2d):
         x = as_input(self, x, "(N, H, W, C)", self.in_channels)
         qx, qw = self.q.act(x), self.q.weight(self.weight.data)
         self.save(qx, qw, first)
-        return conv.fprop(qx, qw, self.stride, self.padding, lazily=True)
+        y = conv.fprop(qx, qw, self.stride, self.padding, lazily=True)
+        return y.view(Seen) if in_numpy(y) else y
 
     def backward(self, dy):
         qx, qw, *first = self.saved()                     # the plain forward saves two
         dy = dy.array() if isinstance(dy, Lazy) else dy
+        unread = any(first) or in_numpy(dy)
         with rounding.one_read(dy):
             gw = self.q.grad_w(dy)
-            gx = None if any(first) else self.q.grad_x(dy)
+            gx = None if unread else self.q.grad_x(dy)
         self.weight.grad = conv.wgrad(gw, qx, self.kernel_size, self.stride, self.padding,
                                       lazily=True)
         if self.has_bias:
             self.bias.grad = norm.channel_sum(dy).astype(dy.dtype)
-        if gx is None:
+        if unread:
             return InputGradient(self, dy, qx.shape, qw)
         return conv.dgrad(gx, qw, qx.shape[1:3], self.stride, self.padding, lazily=True)
 
@@ -74,7 +77,8 @@ class FusedBatchNorm2d(BatchNorm2d):
         y, *rest = self.saved()
         if rest:                                          # the plain forward's
             self.save(y, *rest)
-            return super().backward(dy.array() if isinstance(dy, Lazy) else dy)
+            dx = super().backward(dy.array() if isinstance(dy, Lazy) else dy)
+            return dx.view(Seen) if in_numpy(dx) else dx
         if dy.shape != y.shape:
             raise ValueError(self.mismatch(dy, y))
         if isinstance(dy, Gated) and dy.gate.source is y:
@@ -90,14 +94,21 @@ class FusedReLU(ReLU):
 
     def forward(self, x):
         if not isinstance(x, Normalized):
-            return super().forward(x.array() if isinstance(x, Lazy) else x)
+            x = x.array() if isinstance(x, Lazy) else x
+            if not in_numpy(x):
+                return super().forward(x)
+            self.save(elementwise(np.greater, x, 0, bool))
+            return elementwise(np.maximum, x, 0)
         y = x.rectified()
         self.save(y)
         return y
 
     def backward(self, dy):
         saved, = self.saved()
-        return Gated(dy, saved) if isinstance(saved, Normalized) else dy * saved
+        if isinstance(saved, Normalized):
+            return Gated(dy, saved)
+        dy = dy.array() if isinstance(dy, Lazy) else dy
+        return elementwise(np.multiply, dy, saved) if in_numpy(dy) else dy * saved
 
 
 class Gated(Lazy):
@@ -110,6 +121,12 @@ class Gated(Lazy):
     def form(self):
         """Its numbers."""
         return np.asarray(self.dy) * (self.gate.array() > 0)
+
+
+def in_numpy(x):
+    """Whether these are float32 numbers on a CPU that nothing compiled takes."""
+    return (isinstance(x, np.ndarray) and array_module(x) is np and x.dtype == np.float32
+            and not suits(x))
 
 
 FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU}

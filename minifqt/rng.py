@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from minifqt.backend import Array, array_module, map_blocks, to_cpu
+from minifqt.backend import Array, array_module, empty, map_blocks, to_cpu
 
 HALF = 32768                                              # as noise everywhere it rounds to nearest
-_CHUNK = 1 << 16                                          # Philox blocks (of 16 values) in one task
+_CHUNK = 1 << 14                                          # Philox blocks (of 16 values) in one task
 _LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)    # Salmon 2011, table 2; NumPy's philox.h
 INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
@@ -118,12 +118,11 @@ class Stream:
         if xp is not np:
             return (philox(self.key, step, first, blocks, xp).view(xp.uint16)
                     .reshape(-1)[skip:skip + count].reshape(shape))
-        words = np.empty((blocks, 4), np.uint64)
+        words = empty((blocks, 4), np.uint64)
 
         def fill(part):
             generator = self._generator(first + part.start, step)
-            words[part] = generator.integers(
-                0, _LOW64, (part.stop - part.start, 4), np.uint64, endpoint=True)
+            words[part] = generator.bit_generator.random_raw((part.stop - part.start, 4))
 
         map_blocks(fill, blocks, _CHUNK)
         return words.view("<u2").reshape(-1)[skip:skip + count].reshape(shape)

@@ -6,7 +6,7 @@ from device import Device, DeviceArray, SyncError, gemm
 import minifqt
 import models
 from minifqt import backend, losses
-from minifqt.kernels import blas, norm
+from minifqt.kernels import engines, norm
 from minifqt.rng import Streams
 
 
@@ -15,7 +15,7 @@ def device(monkeypatch):
     """backend.cupy and cuBLAS replaced by the stand-in."""
     module = Device("cupy")
     monkeypatch.setattr(backend, "cupy", module)
-    monkeypatch.setattr(blas, "gemm_ex", gemm)
+    monkeypatch.setattr(engines, "gemm_ex", gemm)
     monkeypatch.setattr(backend, "device_module", lambda name: module)
     monkeypatch.setattr("minifqt.layers.base.device_module",
                         lambda name: np if name == "cpu" else module)

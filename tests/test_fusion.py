@@ -9,7 +9,7 @@ from device import Device, DeviceArray, gemm
 import minifqt
 import models
 from minifqt import NonFiniteError, Streams, backend, fusion, quantizers
-from minifqt.kernels import blas, conv, norm, seen
+from minifqt.kernels import conv, engines, norm, seen
 from minifqt.kernels.cpu import choice
 from minifqt.layers import BatchNorm2d, Conv2d, Layer, Linear, ReLU, Sequential, build
 
@@ -145,7 +145,7 @@ def device(monkeypatch):
     """backend.cupy and cuBLAS replaced by the stand-in."""
     module = Device("cupy")
     monkeypatch.setattr(backend, "cupy", module)
-    monkeypatch.setattr(blas, "gemm_ex", gemm)
+    monkeypatch.setattr(engines, "gemm_ex", gemm)
     monkeypatch.setattr("minifqt.layers.base.device_module", lambda name: module)
     return module
 
@@ -360,6 +360,19 @@ def test_a_sum_knows_its_summary(shape):
     both = z + z
     assert_summary_is_right(both)
     assert (np.asarray(both) == 2 * (x + y)).all()
+
+
+def test_an_input_gradient_that_nobody_reads_is_not_even_quantized(set_instructions):
+    set_instructions("numpy")
+    net, (x, _) = normed_conv(6), batch((4, 9, 9, 8))
+    net.forward(x)
+    layer, asked = net.layers[2], []
+    grad_x, layer.q.grad_x = layer.q.grad_x, lambda dy: asked.append(dy.shape) or grad_x(dy)
+    dx = layer.backward(np.ascontiguousarray(x[..., :6]))
+    assert dx.shape == x.shape
+    assert not asked
+    assert np.asarray(dx).any()
+    assert asked == [(4, 9, 9, 6)]
 
 
 @needs_numba

@@ -7,7 +7,7 @@ from given import Given
 from operands import assert_same_bits, codes, four_products, geometry
 
 from minifqt import NonFiniteError, QTensor, Streams, backend, layers, quantizers
-from minifqt.kernels import blas, norm, reference, rounding
+from minifqt.kernels import blas, engines, norm, reference, rounding
 
 SEEDS = range(40)
 
@@ -37,9 +37,9 @@ def test_products_equal_the_reference_whichever_zeros_let_a_term_be_left_out(zer
 @pytest.mark.parametrize("columns", [100, 1000, 4000])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_products_equal_the_reference_wherever_the_work_is_cut(stride, columns, monkeypatch):
-    """Blocks of images, bands of rows of an image, slabs of a contraction: all of them small."""
-    monkeypatch.setattr(blas.Sgemm, "columns", columns)
-    monkeypatch.setattr(blas.Sgemm, "slab", 50)
+    """Blocks of images, slabs of a contraction: all of them small."""
+    monkeypatch.setattr(engines.Sgemm, "columns", columns)
+    monkeypatch.setattr(engines.Sgemm, "slab", 50)
     monkeypatch.setattr(blas, "LEAST", columns)
     rng = np.random.default_rng(0)
     a, b = codes(rng, (200, 120), 0, varies=True), codes(rng, (3, 120), 0)
@@ -53,6 +53,14 @@ def test_products_equal_the_reference_wherever_the_work_is_cut(stride, columns, 
                      [reference.matmul(a, b), reference.conv_fprop(x, w, stride, 1),
                       reference.conv_wgrad(g, v, (3, 3), stride, 1),
                       reference.conv_dgrad(y, u, (10, 11), stride, 1)])
+
+
+def test_filter_rows_add_up_exactly_where_float32_would_round_their_sum():
+    """Each row of 603 terms fits below 2²⁴, all three, odd, do not; the zero cancels them."""
+    one = np.ones((1, 1, 1, 1), "float32")
+    x = QTensor(np.full((1, 3, 3, 201), 255, "uint8"), one, 255 * one)
+    w = QTensor(np.full((1, 3, 3, 201), 127, "int8"), one, 0 * one)
+    assert blas.conv_fprop(x, w, 1, 0) == 0
 
 
 def test_codes_need_not_be_contiguous():
@@ -100,7 +108,7 @@ def int8_gemm(a, b):
 @pytest.fixture
 def tensor_cores(monkeypatch):
     """Integer products go through TensorCores(gemm), with int8_gemm unless a test sets another."""
-    engine, elsewhere = blas.TensorCores(int8_gemm), Elsewhere()
+    engine, elsewhere = engines.TensorCores(int8_gemm), Elsewhere()
     plain = blas.engine_of
     monkeypatch.setattr(blas, "array_module", lambda _: elsewhere)
     monkeypatch.setattr(blas, "engine_of",
@@ -164,7 +172,7 @@ def test_batch_norm_on_the_road_of_a_gpu_agrees_with_the_blocks_of_a_cpu(monkeyp
 # ---- threads -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["integer", "float32"])
+@pytest.mark.parametrize("kind", ["integer", "float32", "float64"])
 def test_the_number_of_threads_changes_no_bit_of_a_product(kind, on_threads):
     rng = np.random.default_rng(0)
 
@@ -172,7 +180,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_product(kind, on_threads):
         single = (1,) * len(shape)
         if kind == "integer":
             return codes(rng, shape, zero="real")
-        return QTensor(rng.standard_normal(shape, "float32"), np.ones(single), np.zeros(single))
+        return QTensor(rng.standard_normal(shape, kind), np.ones(single), np.zeros(single))
 
     x, w, g = operand(24, 16, 16, 16), operand(8, 3, 3, 16), operand(24, 16, 16, 8)
     a, b = operand(2000, 300), operand(20, 300)

@@ -6,7 +6,7 @@ runs in blocks that fit a cache, with the same float operations in the same orde
 """
 import numpy as np
 
-from minifqt.backend import Array, array_module, map_blocks
+from minifqt.backend import Array, array_module, empty, map_blocks
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.seen import Lazy, Seen, Summary, blank, images, runs, suits, summary
 
@@ -14,7 +14,7 @@ if choice.numba is not None:
     from minifqt.kernels.cpu import codes, norms, plans
     from minifqt.kernels.cpu.team import share
 
-_BLOCK = 1 << 16                                          # elements
+_BLOCK = 1 << 18                                          # elements
 
 
 def channel_sum(x: Array) -> Array:
@@ -57,7 +57,7 @@ def normalize(x: Array, mean: Array, inv_std: Array, weight: Array, bias: Array)
         return Normalized(x, mean, inv_std, weight, bias).form()
     if array_module(x) is not np:
         return weight * ((x - mean) * inv_std) + bias
-    y = np.empty_like(x, order="C")
+    y = empty(x.shape, x.dtype)
     rows, out = _wide(x), _wide(y)
     mean, inv_std, weight, bias = (_tile(v, x) for v in (mean, inv_std, weight, bias))
 
@@ -87,8 +87,8 @@ def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
         dx = ((dy - normal * (dweight / count).astype(dy.dtype)
                - (dbias / count).astype(dy.dtype)) * (weight * inv_std))
         return dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)
-    rows, inputs, dx = _wide(dy), _wide(x), np.empty_like(dy, order="C")
-    hats, out, size = _wide(np.empty_like(dx)), _wide(dx), _rows(rows)
+    rows, inputs, dx = _wide(dy), _wide(x), empty(dy.shape, dy.dtype)
+    hats, out, size = _wide(empty(dy.shape, dy.dtype)), _wide(dx), _rows(rows)
     mean, wide_inv = _tile(mean, dy), _tile(inv_std, dy)
 
     def partial(part):

@@ -11,14 +11,14 @@ from minifqt.backend import Array, array_module, empty, map_blocks
 from minifqt.kernels import reference
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.reference import UNIT
-from minifqt.kernels.seen import suits
+from minifqt.kernels.seen import Seen, Summary, suits
 from minifqt.rng import Stream
 
 if choice.numba is not None:
     from minifqt.kernels.cpu import codes
     from minifqt.kernels.cpu.team import share
 
-_BLOCK = 1 << 16                                          # float32s, 256 kB: in a core's L2 cache
+_BLOCK = 1 << 18                                          # float32s of a block of rows
 _waiting = None                                           # inside `one_read`
 
 
@@ -67,6 +67,9 @@ def rounding_of(x: np.ndarray) -> tuple:
 
 def known_ranges(x: Array, rows: int) -> tuple[Array, Array] | None:
     """Minimum and maximum of x as so many rows, (rows, 1) each, if they were found before."""
+    if isinstance(x, Seen) and x.summary is None and x.size and not suits(x):
+        ranges = np.stack(row_ranges(x.reshape(len(x), -1)))          # for all who ask
+        x.summary = Summary(ranges, None)
     known = getattr(x, "summary", None)
     if known is None or rows not in (1, len(x)):
         return None
@@ -76,21 +79,20 @@ def known_ranges(x: Array, rows: int) -> tuple[Array, Array] | None:
 
 def row_ranges(x: Array) -> tuple[Array, Array]:
     """Minimum and maximum of each row of x (N, D), each (N, 1); NaN where a row holds one."""
-    if array_module(x) is not np or (len(x) == 1 and not suits(x)):
+    if array_module(x) is not np:
         return x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
     if suits(x):
         parts = max(1, 64 // len(x))                      # of a row, for the threads to share
         low, high = np.empty((2, len(x), parts), x.dtype)
         share(codes.row_ranges, np.ascontiguousarray(x), low, high)
         return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
-    low, high = np.empty((2, len(x), 1), x.dtype)
 
-    def block(rows):
-        x[rows].min(axis=1, keepdims=True, out=low[rows])
-        x[rows].max(axis=1, keepdims=True, out=high[rows])
+    def block(at):
+        return x[at].min(axis=1, keepdims=True), x[at].max(axis=1, keepdims=True)
 
-    map_blocks(block, len(x), max(1, _BLOCK // x.shape[1]))
-    return low, high
+    low, high = (np.concatenate(ends, axis=int(len(x) == 1))
+                 for ends in zip(*_in_blocks(block, x.shape), strict=True))
+    return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
 
 
 def affine_codes(x: Array, low: Array, inv: Array, stream: Stream, shape: tuple,
@@ -134,32 +136,26 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
         return out
     x, h = np.asarray(x), stream.bits(shape).reshape(x.shape)
 
-    def rounded(x, h, shift, inv, code, out):
-        v = x - shift
-        v *= inv
+    out = empty(x.shape, dtype)
+
+    def block(at):
+        part, rows = x[at], at[0]
+        v = np.subtract(part, shift[rows], out=empty(part.shape))
+        v *= inv[rows]
         np.rint(v, out=v)
-        v += code
+        v += code[rows]
         np.clip(v, lowest, highest, out=v)
-        fixed = v.astype("int32")
-        fixed += h
-        fixed >>= 16
-        out[...] = fixed
+        v += h[at]                                        # integers below 2²⁴: exact
+        v *= np.float32(1 / UNIT)
+        out[at] = np.floor(v, out=v)
 
-    return _in_blocks(rounded, x, h, dtype, shift, inv, code)
+    _in_blocks(block, x.shape)
+    return out
 
 
-def _in_blocks(rounded, x, h, dtype, *per_row):
-    rounded_codes = np.empty(x.shape, dtype)
-    if len(x) == 1:                                       # one row: cut it along D
-
-        def block(part):
-            rounded(x[:, part], h[:, part], *per_row, rounded_codes[:, part])
-
-        map_blocks(block, x.shape[1], _BLOCK)
-    else:
-
-        def block(rows):
-            rounded(x[rows], h[rows], *(v[rows] for v in per_row), rounded_codes[rows])
-
-        map_blocks(block, len(x), max(1, _BLOCK // x.shape[1]))
-    return rounded_codes
+def _in_blocks(function, shape):
+    """function(index) for each block of so many rows, or of the one row that there is."""
+    rows, D = shape
+    if rows == 1:
+        return map_blocks(lambda part: function((slice(None), part)), D, _BLOCK)
+    return map_blocks(lambda part: function((part, slice(None))), rows, max(1, _BLOCK // D))

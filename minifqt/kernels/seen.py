@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minifqt.backend import array_module, empty
+from minifqt.backend import array_module, elementwise, empty
 from minifqt.kernels.cpu import choice
 
 if choice.numba is not None:
@@ -133,8 +133,12 @@ def blank(shape: tuple) -> Seen:
 
 def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """x + y; compiled, it is summarized too."""
-    if not (suits(x) and suits(y) and x.shape == y.shape):
-        return np.add(np.asarray(x), y)
+    x = np.asarray(x)
+    alike = isinstance(y, np.ndarray) and x.shape == y.shape and x.dtype == y.dtype == np.float32
+    if not alike or x.ndim == 0:
+        return np.add(x, y)
+    if not (suits(x) and suits(y)):
+        return elementwise(np.add, x, np.asarray(y)).view(Seen)
     z, C = blank(x.shape), x.shape[-1]
     sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
     share(norms.add, images(x), images(y), C, images(z), sums, ranges)

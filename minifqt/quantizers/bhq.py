@@ -29,7 +29,7 @@ if choice.numba is not None:
     from minifqt.kernels.cpu.team import share
 
 # Columns mixed at a time: 128 rows of them, in float64, fit a core's cache; compiled, fewer.
-_COLUMNS = 1024
+_COLUMNS = 2048
 
 
 @register("bhq")
@@ -161,13 +161,19 @@ class Householder:
         """T⁻¹·y = diag(1/s) · Q · y, rows back in the samples' order, in y's dtype."""
         if suits(y):
             return Mixed(y, self, to_samples=True).form()
-        return self._by_columns(
-            y, lambda part: self._to_samples(self._reflect(part) * self.undo_scales[:, None]))
+
+        def unmixed(part):
+            y = self._reflect(part.astype("float64"))
+            y *= self.undo_scales[:, None]
+            return y
+
+        return self._by_columns(y, self.order, unmixed)
 
     def _scaled(self, x, scales):
         if suits(x):
             return Mixed(x, self, scales).form()
-        return self._by_columns(x, lambda part: self._reflect(part[self.order] * scales[:, None]))
+        return self._by_columns(
+            x, slice(None), lambda part: self._reflect(part[self.order] * scales[:, None]))
 
     def plan(self):
         """starts, root, gain, v, target, after: what a kernel needs to undo T (mixing.reflect)."""
@@ -187,16 +193,19 @@ class Householder:
             sums, first = (per_group[self.group] for per_group in self._group_sums(part))
             small = first / n + outside**2 * (sums - first - part) + (1 - outside) ** 2 * part
             mixed = array_module(v).where(leads, sums / n, small)
-            return self._to_samples(mixed * self.undo_scales[:, None] ** 2)
+            return mixed * self.undo_scales[:, None] ** 2
 
-        return self._by_columns(v.astype("float64"), squared)
+        return self._by_columns(v.astype("float64"), self.order, squared)
 
     def _reflect(self, y):
         """Q·y = y − v · (y₁ − Σy/√n) / (1 − 1/√n) in each group, in place.  (N, D) float64."""
-        sums, leads = self._group_sums(y)
-        root, gain = (f[:len(sums), None] for f in (self._root, self._gain))
-        c = (leads - sums * root) * gain
-        y -= self._v[:, None] * c[self.group]
+        sums, c = self._group_sums(y)
+        sums *= self._root[:len(sums), None]
+        c -= sums
+        c *= self._gain[:len(sums), None]
+        change = c[self.group]
+        change *= self._v[:, None]
+        y -= change
         return y
 
     def _group_sums(self, y):
@@ -204,18 +213,13 @@ class Householder:
         sums = segment_sum(y, self.starts)
         return sums, y[self.starts[:len(sums)].clip(0, len(y) - 1)]
 
-    def _to_samples(self, mixed):
-        out = array_module(mixed).empty_like(mixed)
-        out[self.order] = mixed
-        return out
-
-    def _by_columns(self, x, function):
-        """function of (N, columns) float64, rounded once to x's dtype."""
+    def _by_columns(self, x, rows, function):
+        """function of (N, columns), float64, put into these rows and rounded once to x's dtype."""
         xp, flat = array_module(x), x.reshape(len(x), -1)
-        out = xp.empty(flat.shape, x.dtype)
+        out = empty(flat.shape, x.dtype, xp)
 
         def block(columns):
-            out[:, columns] = function(flat[:, columns].astype("float64"))
+            out[rows, columns] = function(flat[:, columns])
 
         if xp is np:
             map_blocks(block, flat.shape[1], _COLUMNS)

@@ -1,0 +1,109 @@
+"""What multiplies matrices for blas.py: BLAS on floats, BLAS on integers in float32, tensor cores.
+
+An engine says in which type operands stand (`dtype`), how many terms it sums exactly (`slab`), and
+how many columns it takes at a time. Each sum is cut so that nothing is rounded or wraps.
+"""
+import numpy as np
+
+from minifqt.backend import array_module
+
+
+class Floats:
+    """Plain products of Identity operands, float32 or float64."""
+
+    exact, slab = False, 1 << 62                          # terms that a partial sum holds
+    filter_rows = 1                                       # whose taps stand in one column
+
+    def __init__(self, dtype, columns):
+        self.dtype, self.result, self.columns = dtype, dtype, columns
+
+    def load(self, codes):
+        return codes
+
+    def dot(self, *pairs):
+        """Σ a b of pairs (…, M, k), (…, k, J); integers exact, past one slab in float64."""
+        parts = [(a[..., start:start + self.slab], b[..., start:start + self.slab, :])
+                 for a, b in pairs for start in range(0, a.shape[-1], self.slab)]
+        total = self.product(*parts[0])
+        if sum(a.shape[-1] for a, _ in pairs) > self.slab:
+            total = total.astype("float64")
+        for a, b in parts[1:]:
+            total += self.product(a, b)
+        return total
+
+    def product(self, a, b):
+        return a @ b
+
+    def gather(self, a, b):
+        """Σ over images and pixels.  (n, PQ, K), (n, PQ, J) → (K, J) float64."""
+        return self.dot((a.swapaxes(1, 2), b)).sum(axis=0, dtype="float64")
+
+
+class Sgemm(Floats):
+    """Integers in float32 BLAS: partial sums are integers below 2²⁴, held exactly, in any order."""
+
+    exact, dtype, result, columns = True, "float32", "float32", 1 << 20
+    slab = 2**24 // (128 * 128)                           # 1,024 terms of centred codes
+    total = "float32"                                     # Σ over images: of less than 2¹⁷
+
+    def __init__(self):
+        pass
+
+    def load(self, codes):
+        """Codes as int8, uint8 moved to −128..127: the top bit turned."""
+        return (codes ^ 128).view("int8") if centre(codes) else codes
+
+
+class TensorCores(Sgemm):
+    """int8 GEMMs with int32 accumulation (cuBLAS): cupy.matmul would return int8, wrapped."""
+
+    dtype, columns = "int8", 1 << 62
+    slab, total = 65536, "int64"                          # · 128 · 128 = 2³⁰ < 2³¹
+    filter_rows = 1 << 62                                 # all: one large product
+
+    def __init__(self, gemm=None):
+        self.gemm = gemm or gemm_ex
+
+    def product(self, a, b):
+        """a b in float64, with zeros up to what the tensor cores take: k and J multiples of 16."""
+        xp, (k, J) = array_module(a), b.shape
+        a = a.reshape(-1, k)
+        left, right = (xp.zeros((len(a), -(-k // 16) * 16), "int8"),
+                       xp.zeros((-(-J // 16) * 16, -(-k // 16) * 16), "int8"))
+        left[:, :k], right[:J, :k] = a, b.T
+        return self.gemm(left, right)[:, :J].astype("float64")
+
+    def gather(self, a, b):
+        return self.dot((a.reshape(-1, a.shape[2]).T, b.reshape(-1, b.shape[2])))
+
+
+def gemm_ex(a, b):
+    """a bᵀ by cuBLAS gemmEx.  CuPy int8 (M, K), (J, K) → int32 (M, J); K, J multiples of 4.
+
+    Row-major a bᵀ is cuBLAS's column-major TN form, the only one that int8 tensor cores take.
+    """
+    xp, (M, K), J = array_module(a), a.shape, b.shape[0]
+    cublas, handle = xp.cuda.cublas, xp.cuda.device.get_cublas_handle()
+    out, one, zero = xp.empty((M, J), "int32"), np.array(1, "int32"), np.array(0, "int32")
+    int8, int32, compute = 3, 10, 72  # CUDA_R_8I, CUDA_R_32I, CUBLAS_COMPUTE_32I
+    mode = cublas.getPointerMode(handle)
+    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
+    try:
+        cublas.gemmEx(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, J, M, K,
+                      one.ctypes.data, b.data.ptr, int8, K, a.data.ptr, int8, K,
+                      zero.ctypes.data, out.data.ptr, int32, J, compute, -1)
+    finally:
+        cublas.setPointerMode(handle, mode)
+    return out
+
+
+def engine_of(a, b):
+    """How the product of these two tensors is computed."""
+    integer, on_cpu = a.is_integer and b.is_integer, array_module(a.codes) is np
+    if integer:
+        return Sgemm() if on_cpu else TensorCores()
+    return Floats(a.codes.dtype.name, Sgemm.columns if on_cpu else TensorCores.columns)
+
+
+def centre(codes):
+    return 128 if codes.dtype == np.uint8 else 0
