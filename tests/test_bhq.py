@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 from given import Given
 
-from minifqt.kernels import reference
+from minifqt import Streams
+from minifqt.kernels import reference, rounding
+from minifqt.kernels.cpu import choice
 from minifqt.quantizers import create
-from minifqt.quantizers.bhq import _COLUMNS, Householder, groups
+from minifqt.quantizers.bhq import _COLUMNS, Householder, groups, reflections
 
 each_width = pytest.mark.parametrize("bits", range(2, 9))
 each_size = pytest.mark.parametrize("N", [1, 2, 3, 5, 37, 100])
+needs_numba = pytest.mark.skipif(choice.numba is None, reason="needs numba: nothing is compiled")
 
 
 def student(N=32, D=48):
@@ -497,3 +500,79 @@ def test_the_scales_are_the_released_ones_down_to_the_floor():
         expected = np.array([1 / 2, *[max(small, 1e-30) * 0.5 / 3] * 3])  # √n = 2, max|Q| = ½
         np.testing.assert_allclose(mix.scales, (expected / unit) ** (-1 / 3),
                                    rtol=1e-12)            # a few float64 roundings
+
+
+# ------------------------------------------------------------------------------------ compiled rows
+
+
+@needs_numba
+@pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 17, 64, 130])
+@pytest.mark.parametrize("kind", ["random", "constant", "zero", "huge", "tiny", "equal", "dwarfs"])
+def test_compiled_reflections_are_the_plain_ones_bit_for_bit(kind, N):
+    from minifqt.kernels.cpu import plans
+
+    rng = np.random.default_rng(N)
+    for ranges in random_ranges(N)[:20]:
+        low = rng.uniform(-2, 1, N) * ranges
+        if kind == "dwarfs":
+            ranges = ranges ** 20
+        if kind == "equal":
+            ranges = np.round(ranges)
+        high = low + ranges
+        if kind in ("constant", "zero"):
+            some = rng.random(N) < rng.random()
+            low[some] = high[some] = 0 if kind == "zero" else rng.standard_normal(some.sum())
+        if kind in ("huge", "tiny"):
+            low, high = (np.ldexp(v, 140 if kind == "huge" else -140) for v in (low, high))
+        for found, plain in zip(plans.householder(low, high), reflections(low, high), strict=True):
+            assert found.dtype.kind == plain.dtype.kind
+            assert np.array_equal(found, plain)
+
+
+def mixed_rows(N, D, groups):
+    """Rows that form so many groups, mixed: twice, neither of them computed yet."""
+    x = gauss(N, D)
+    x *= np.where(np.arange(N) % max(1, N // groups) == 0, 1e3, 1)[:, None].astype("float32")
+    mix = householder(x)
+    assert mix.group[-1] + 1 == groups
+    return [mix.apply_rescaled(x)[0] for _ in range(2)]
+
+
+each_group = pytest.mark.parametrize(("N", "D", "groups"), [
+    (1, 5, 1), (2, 40, 2), (3, 2000, 1), (4, 33, 1), (5, 1, 5), (16, 5003, 1), (40, 4100, 2),
+    (33, 900, 15), (128, 1700, 60)])
+
+
+@needs_numba
+@each_group
+def test_mixed_rows_that_are_not_formed_have_the_ranges_of_those_that_are(N, D, groups):
+    lazy, formed = mixed_rows(N, D, groups)
+    y = np.asarray(formed)
+    for found, exact in zip(rounding.known_ranges(lazy, N), (y.min(axis=1), y.max(axis=1)),
+                            strict=True):
+        assert np.array_equal(found[:, 0], exact)
+    assert lazy._array is None
+    if D > 4000:
+        assert lazy.parts > 1                             # columns are cut
+
+
+@needs_numba
+@each_group
+@pytest.mark.parametrize("noise", [None, 0, 65535])
+def test_mixed_rows_that_are_not_formed_have_the_codes_of_those_that_are(N, D, groups, noise,
+                                                                         on_threads):
+    stream = Streams(0).stream("x") if noise is None else Given(noise)
+    formed, _ = mixed_rows(N, D, groups)
+    y = np.array(formed)
+    low, high = y.min(axis=1, keepdims=True), y.max(axis=1, keepdims=True)
+    inv = reference.UNIT * 31 / np.maximum(high - low, np.float32(1e-20))
+    plain = reference.round_codes(reference.fixed_point(y, low, inv), stream.bits(y.shape), 31)
+
+    def rounded():
+        lazy, _ = mixed_rows(N, D, groups)
+        codes = rounding.affine_codes(lazy, low, inv, stream, y.shape, 31)
+        assert lazy._array is None
+        return codes
+
+    for codes in on_threads(rounded):
+        assert np.array_equal(codes, plain)

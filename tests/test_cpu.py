@@ -3,6 +3,10 @@
 For each of the CPU's instructions, any number of threads, and at the limits of what int32 holds.
 Which instructions there are: test_choice.py. Networks of lazy arrays: test_fusion.py.
 """
+import gc
+import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,11 +15,13 @@ from given import Given
 from operands import SIZES, assert_same_bits, codes, four_products, three_products, turned, weights
 
 from minifqt import NonFiniteError, QTensor, Streams, backend, quantizers
-from minifqt.kernels import norm, reference, rounding, seen
+from minifqt.kernels import conv, norm, reference, rounding, seen
+from minifqt.qtensor import as_floats
+from minifqt.quantizers import affine
 from minifqt.rng import Stream
 
 pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
-from minifqt.kernels.cpu import products  # noqa: E402 - numba is there
+from minifqt.kernels.cpu import plans, products  # noqa: E402 - numba is there
 
 SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
 BITS = range(2, 9)
@@ -190,6 +196,82 @@ def test_two_python_threads_may_multiply_at_once():
         assert_same_bits(fast, result(seed))
 
 
+# ---- weight gradients under way ------------------------------------------------------------------
+
+
+@pytest.fixture
+def set_threads():
+    """backend.set_threads, undone behind the test."""
+    before = backend.threads()
+    yield backend.set_threads
+    backend.set_threads(before)
+
+
+def gradient_operands(rng, real):
+    """g, x and how wgrad is called with them."""
+    x, w, y, stride, padding = SIZES[str(rng.choice(list(SIZES)))]
+    g, x = codes(rng, y, 3), codes(rng, x, 3)
+    g, x = (as_floats(t, "float32") for t in (g, x)) if real else (g, x)
+    return g, x, w[1:3], stride, padding
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_weight_gradients_may_be_begun_together_and_read_in_any_order(threads, real, set_threads):
+    rng = np.random.default_rng(threads)
+    for turn in range(8):
+        set_threads(threads)
+        many = [gradient_operands(rng, real) for _ in range(6)]
+        expected = [conv.wgrad(*operands) for operands in many]
+        begun = [conv.wgrad(*operands, lazily=True) for operands in many]
+        assert all(isinstance(dw, conv.WeightGradient) for dw in begun) == (threads > 1)
+        if turn % 2:                                      # others than those that have begun
+            set_threads(int(rng.choice([1, 2, 4])))
+        for i in rng.permutation(6):
+            assert_same_bits([np.asarray(begun[i])] * 2, [expected[i]] * 2)
+            assert begun[i].shape == expected[i].shape
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_weight_gradient_that_nobody_reads_lets_all_go(threads, real, set_threads):
+    """Neither its operands nor a thread stay, and the others do not wait for it."""
+    set_threads(threads)
+    rng, members = np.random.default_rng(0), set(threading.enumerate())
+    for _ in range(10):
+        g, *rest = gradient_operands(rng, real)
+        alive = weakref.ref(g.codes)
+        begun = products.begin_wgrad(g, *rest)
+        assert callable(begun)
+        del g, begun
+    assert_same_bits(*(three_products(np.random.default_rng(0), module, SIZES["1 x 1"], weights)
+                       for module in (products, reference)))
+    for _ in range(500):                                  # a thread may still be at it
+        if alive() is None:
+            break
+        gc.collect()
+        time.sleep(0.01)
+    assert alive() is None
+    started = set(threading.enumerate()) - members
+    assert len(started) < threads
+
+
+def test_threads_of_the_team_are_started_once(set_threads):
+    x, y = np.random.default_rng(0).standard_normal((2, 9, 2, 2, 16), dtype="float32")
+
+    def team():
+        return sorted(id(t) for t in threading.enumerate() if t.name == "minifqt.team")
+
+    set_threads(4)
+    seen.add(x, y)
+    before = team()
+    for count in (1, 4, 2, 3, 4):
+        set_threads(count)
+        assert (np.asarray(seen.add(x, y)) == x + y).all()
+    assert team() == before
+    assert len(before) >= 3
+
+
 # ---- noise and rounding --------------------------------------------------------------------------
 
 
@@ -271,7 +353,68 @@ def test_the_largest_finite_numbers_are_finite():
     assert np.isfinite(rounding.row_ranges(x)).all()
 
 
+def rows_of_all_sizes(rng, N=40):
+    """Ranges of rows: usual, constant, zero, subnormal, narrow on an offset, near overflow."""
+    low = rng.standard_normal((N, 1)).astype("float32")
+    width = np.minimum(rng.lognormal(0, 2, (N, 1)), 99).astype("float32")
+    width[rng.random(N) < 0.2] = 0
+    low[rng.random(N) < 0.2] = 0
+    with np.errstate(under="ignore"):
+        size = np.ldexp(np.float32(1), rng.choice([0, -60, -75, -78, -110, -130, -140, 110, 117],
+                                                  (N, 1)))
+        low, width = low * size, width * size
+        return low, low + np.where(rng.random((N, 1)) < 0.2, width * np.float32(1e-6), width)
+
+
+@pytest.mark.parametrize("bins", [3, 31, 255])
+def test_compiled_grids_are_those_of_numpy_and_leave_rows_to_be_rescaled(bins, set_instructions):
+    rng, rescaled = np.random.default_rng(0), 0
+    for turn in range(200):
+        low, high = rows_of_all_sizes(rng)
+        e = rng.integers(-148, 118, low.shape).astype("int32") * (turn % 2)
+        if turn % 4 < 2:                                  # no row that must be rescaled
+            usual = affine.rescaled(low, low, high)[3]
+            keep = (np.broadcast_to(usual, low.shape) == 0)[:, 0]
+            low, high, e = low[keep], high[keep], e[keep]
+        found = np.empty((3, *low.shape), np.float32)
+        alone = plans.grid(low, high, bins, e, found)
+        odd = np.any(affine.rescaled(low, low, high)[3])
+        assert alone == (not odd)
+        rescaled += not alone
+        grids = []
+        for name in ("auto", "numpy"):
+            set_instructions(name)
+            with np.errstate(over="ignore", invalid="ignore"):
+                g = affine.grid(low, low, high, bins, e)
+            grids.append([g.rows, g.low, g.inv, g.scale, g.zero])
+        assert_same_bits(*grids)
+        if alone:
+            assert_same_bits(found, grids[1][2:])
+    assert 50 < rescaled <= 100
+
+
 # ---- norms and row mixing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("floor", [-np.inf, 0, 0.5])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (3, 5, 6, 1), (5, 7, 3, 3), (40, 4, 4, 130)])
+def test_the_range_of_a_batch_norm_is_that_of_its_numbers(shape, floor):
+    rng, C = np.random.default_rng(0), shape[-1]
+    for turn in range(10):
+        x = rng.standard_normal(shape, dtype="float32")
+        vectors = rng.standard_normal((4, C), dtype="float32")                # half turn the range
+        vectors[2, rng.random(C) < 0.2] = 0
+        y = norm.Normalized(x, *vectors, floor=floor)
+        (low, high), _ = y.summary
+        values, axes = np.asarray(y), tuple(range(1, len(shape) - 1))
+        assert_same_bits([low, high], [values.min(axis=axes), values.max(axis=axes)])
+        n, c = (int(rng.integers(count)) for count in (shape[0], C))
+        x[n, ..., c] = np.nan if turn % 2 else x[n, ..., c]
+        vectors[turn % 4, c] = vectors[turn % 4, c] if turn % 2 else np.nan
+        with np.errstate(invalid="ignore"):
+            ranges, _ = norm.Normalized(x, *vectors, floor=floor).summary
+        assert np.isnan(ranges[:, n, c]).all()            # of a number, of a weight
+
 
 
 @pytest.mark.parametrize("shape", [

@@ -2,14 +2,17 @@
 
 What the compiled kernels themselves compute is in test_cpu.py.
 """
+from itertools import permutations, product
+
 import numpy as np
 import pytest
 from device import Device, DeviceArray, gemm
+from operands import assert_same_bits
 
 import minifqt
 import models
 from minifqt import NonFiniteError, Streams, backend, fusion, quantizers
-from minifqt.kernels import conv, engines, norm, seen
+from minifqt.kernels import conv, engines, norm, rounding, seen
 from minifqt.kernels.cpu import choice
 from minifqt.layers import BatchNorm2d, Conv2d, Layer, Linear, ReLU, Sequential, build
 
@@ -375,6 +378,54 @@ def test_an_input_gradient_that_nobody_reads_is_not_even_quantized(set_instructi
     assert asked == [(4, 9, 9, 6)]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "numpy"])
+def test_a_first_layers_gradient_has_the_noise_of_its_own_step(kernels, set_instructions):
+    """Read two steps later it is still what the plain layer gave at once."""
+    set_instructions(kernels)
+    plain, fused = (build(Conv2d(8, 6, 3, padding=1), "bhq5", seed=4) for _ in range(2))
+    minifqt.fuse(fused)
+    x, dy = np.random.default_rng(0).standard_normal((2, 4, 9, 9, 8), dtype="float32")
+    results = []
+    for net in (plain, fused):
+        net.streams.step = 5
+        net.forward(x)
+        results.append(net.backward(dy[..., :6]))
+        net.streams.step = 7
+    assert (np.asarray(results[1]) == results[0]).all()
+    assert fused.streams.step == 7
+
+
+@needs_numba
+@pytest.mark.parametrize("grad_x", ["ptq8", "ptqz4", "psq5", "bhq8", "bhq2", "identity"])
+@pytest.mark.parametrize("grad_w", ["ptq8", "ptqz8", "sym8", "ptq8:nearest", "identity"])
+def test_two_roundings_from_one_read_are_those_of_two(grad_w, grad_x, on_threads):
+    """Whoever comes second, somebody rounds the first: the end of the block if nobody else does."""
+    x = np.random.default_rng(0).standard_normal((9, 7, 5, 3), dtype="float32")
+    first, second = (quantizers.Bound(spec, "stochastic", minifqt.Streams(3), f"layer.{spec}.{i}")
+                     for i, spec in enumerate((grad_w, grad_x)))
+    expected = first(x), second(x)
+
+    def together():
+        with rounding.one_read(x):
+            return first(x), second(x)
+
+    for found in on_threads(together):
+        for t, u in zip(found, expected, strict=True):
+            assert t.codes.dtype == u.codes.dtype
+            assert_same_bits([t.codes, t.scale, t.zero], [u.codes, u.scale, u.zero])
+
+
+@needs_numba
+def test_one_read_rounds_no_other_array():
+    x, y = np.random.default_rng(0).standard_normal((2, 9, 7, 5, 3), dtype="float32")
+    q = quantizers.Bound("psq8", "stochastic", minifqt.Streams(3), "q")
+    p = quantizers.Bound("ptq8", "stochastic", minifqt.Streams(3), "p")
+    with rounding.one_read(x):
+        found = [p(x), q(y), p(y), q(x)]
+    assert_same_bits([t.codes for t in found], [q(x).codes for q, x in
+                                                ((p, x), (q, y), (p, y), (q, x))])
+
+
 @needs_numba
 def test_a_convolution_and_its_gradient_know_their_summaries():
     x, _ = batch((4, 9, 9, 8))
@@ -391,6 +442,40 @@ def test_a_convolution_and_its_gradient_know_their_summaries():
     assert_summary_is_right(dx.array())
     assert_summary_is_right(dx.plus(x))
     assert (np.asarray(dx.plus(x)) == np.asarray(dx) + x).all()
+
+
+def norm_gradients(recipe, count):
+    """So many gradients of one batch norm, none of them computed yet: of a product's gradient."""
+    x, _ = batch((4, 9, 9, 8))
+    results = []
+    for _ in range(count):
+        net = normed_conv(6, recipe)
+        dy = np.random.default_rng(1).standard_normal(net.forward(x).shape, dtype="float32")
+        bn, relu, last = net.layers
+        results.append(bn.backward(relu.backward(last.backward(dy))))
+    assert all(isinstance(dx, norm.NormGradient) for dx in results)
+    return results
+
+
+@needs_numba
+@pytest.mark.parametrize("recipe", ["fp32", "ptq8", "bhq5"])
+def test_a_norms_gradient_is_the_same_each_time_it_is_read(recipe):
+    """The first reading takes the memory of dy, which nobody else saw; later ones make it anew."""
+    one, other = np.random.default_rng(2).standard_normal((2, 4, 9, 9, 8), dtype="float32")
+    readings = [lambda dx: dx.form(), lambda dx: dx.plus(one), lambda dx: dx.plus(other)]
+    expected = [np.array(read(dx)) for read, dx in zip(readings, norm_gradients(recipe, 3),
+                                                       strict=True)]
+    assert (expected[0] + one == expected[1]).all()
+    assert (expected[0] + other == expected[2]).all()
+    for dx, order in zip(norm_gradients(recipe, 6), permutations(range(3)), strict=True):
+        assert dx.formed is not None
+        found = [(i, readings[i](dx)) for i in (*order, *order)]
+        for i, array in found:                            # no later one wrote to an earlier one
+            assert (np.asarray(array) == expected[i]).all()
+            assert_summary_is_right(array)
+        assert (np.asarray(dx + one) == expected[1]).all()
+        assert (np.asarray(dx) == expected[0]).all()
+        assert (np.asarray(other + dx) == expected[2]).all()
 
 
 @needs_numba
@@ -419,7 +504,7 @@ def test_arithmetic_in_place_forgets_the_summary(write):
 
 
 def lazy_arrays():
-    """A norm, rectified, two products, a gated gradient and a norm's: each not formed."""
+    """A norm, rectified, two products, a gated gradient and two norms': each not formed."""
     x, _ = batch((4, 6, 6, 8))
     bn, relu, last = normed_conv(8).layers
     y = bn.forward(x)
@@ -427,9 +512,17 @@ def lazy_arrays():
     product, dz = last.forward(z), last.backward(x)
     other = minifqt.fuse(build(BatchNorm2d(8), "bhq5"))
     other.forward(x)
-    arrays = [y, z, product, dz, relu.backward(dz), other.backward(x + 1)]
+    arrays = [y, z, product, dz, relu.backward(dz), other.backward(x + 1), norm_of_a_product(x)]
     assert all(isinstance(v, seen.Lazy) and v._array is None for v in arrays)
     return arrays
+
+
+def norm_of_a_product(x):
+    """A norm's gradient that may take the memory of the one before it."""
+    net = normed_conv(8)
+    net.forward(x)
+    bn, relu, last = net.layers
+    return bn.backward(relu.backward(last.backward(x)))
 
 
 OTHER = np.random.default_rng(2).standard_normal((4, 6, 6, 8), dtype="float32")
@@ -449,6 +542,44 @@ def test_a_lazy_array_equals_its_array_in_every_function(function):
         here, there = function(lazy), function(expected)
         assert here.dtype == there.dtype
         assert (np.asarray(here) == np.asarray(there)).all()
+
+
+@needs_numba
+@pytest.mark.parametrize("formed", [*product((False, True), repeat=2)])
+@pytest.mark.parametrize("left", range(7))
+def test_lazy_arrays_are_added_whichever_of_them_is_computed(left, formed):
+    expected = [np.array(v) for v in lazy_arrays()]
+    for right in range(7):
+        arrays = lazy_arrays()
+        pair = arrays[left], lazy_arrays()[right] if left == right else arrays[right]
+        for array, now in zip(pair, formed, strict=True):
+            if now:
+                array.array()
+        total = pair[0] + pair[1]
+        assert total.dtype == "float32"
+        assert (np.asarray(total) == expected[left] + expected[right]).all()
+        for array, values in zip(pair, (expected[left], expected[right]), strict=True):
+            assert (np.asarray(array) == values).all()    # as it was
+        assert_summary_is_right(total)
+
+
+@needs_numba
+@pytest.mark.parametrize("formed", [*product((False, True), repeat=2)])
+def test_weight_gradients_under_way_are_added(formed):
+    rng, before = np.random.default_rng(0), backend.threads()
+    g, x = (quantizers.create("ptq", 8)(rng.standard_normal(shape, dtype="float32"),
+                                        Streams(0).stream("x"))
+            for shape in ((4, 6, 6, 5), (4, 6, 6, 8)))
+    backend.set_threads(2)
+    try:
+        expected = conv.wgrad(g, x, (3, 3), 1, 1)
+        pair = [conv.wgrad(g, x, (3, 3), 1, 1, lazily=True) for _ in range(2)]
+        for dw, now in zip(pair, formed, strict=True):
+            if now:
+                dw.array()
+        assert (np.asarray(pair[0] + pair[1]) == 2 * expected).all()
+    finally:
+        backend.set_threads(before)
 
 
 @needs_numba

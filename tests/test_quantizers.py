@@ -3,6 +3,7 @@
 The same tests run for each family at 2 to 8 bits. What only BHQ has is in test_bhq.py.
 """
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -940,6 +941,15 @@ def test_an_unknown_name_raises_and_lists_the_known():
 def test_a_spec_that_cannot_be_read_raises(spec):
     with pytest.raises(ValueError, match="expected a name and its bits, perhaps a rounding: bhq5"):
         quantizers.parse(spec)
+
+
+def test_a_bound_quantizer_names_what_its_quantizer_left_without_a_name():
+    bound, x = Bound("psq5", "stochastic", Streams(0), "conv1.grad_x"), spread()
+    named = bound(x)
+    bound.quantizer = lambda x, stream: replace(create("psq", 5)(x, stream), name="tensor")
+    t = bound(x)
+    assert t.name == "conv1.grad_x"
+    assert np.array_equal(t.codes, named.codes)
 
 
 def test_a_bound_quantizer_names_its_tensors_and_uses_its_stream():
