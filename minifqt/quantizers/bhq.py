@@ -80,7 +80,7 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
     xp, N = array_module(ranges), len(ranges)
     largest = ranges.max()
     v = xp.rint(ranges / xp.where(largest > 0, largest, 1) * 2**23).astype("int64")
-    order = xp.argsort(xp.where(alone, 1, -ranges), kind="stable")   # large first, alone last
+    order = by_size(ranges, alone)
     v, M = v[order], N - alone.sum(keepdims=True)              # (1,), and so k and G
     sums, k = xp.cumsum(v), xp.arange(1, N + 1)
     last = M - k - 1                                      # the last leader, were there k small rows
@@ -93,6 +93,12 @@ def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
     group = xp.where(row < M, group, G + row - M)
     leader_first = xp.argsort(group, kind="stable")
     return order[leader_first], group[leader_first]
+
+
+def by_size(ranges: Array, alone: Array) -> Array:
+    """The rows, those of large range first, those that stay alone last."""
+    xp = array_module(ranges)
+    return xp.argsort(xp.where(alone, 1, -ranges), kind="stable")
 
 
 def reflections(low: Array, high: Array) -> tuple[Array, ...]:
@@ -119,6 +125,16 @@ def reflections(low: Array, high: Array) -> tuple[Array, ...]:
     return order, group, starts, count, v, cube, exponent, outside
 
 
+def compiled_reflections(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The same by plans.householder."""
+    N, ranges = len(low), high - low
+    by_range = by_size(ranges, (ranges == 0) & (low != 0))
+    whole, real = np.empty((4, N), np.int64), np.empty((3, N))
+    found = (*whole, *real[:2], np.empty(N, np.int32), real[2])
+    plans.householder(low, high, by_range, *found)
+    return found
+
+
 class Householder:
     """The row transform T of BHQ, by group sums: y = Q · diag(s) · x in each group.
 
@@ -132,7 +148,7 @@ class Householder:
     def __init__(self, low: Array, high: Array):
         xp = array_module(low)
         compiled = xp is np and choice.instructions() != "numpy"
-        found = plans.householder(low, high) if compiled else reflections(low, high)
+        found = compiled_reflections(low, high) if compiled else reflections(low, high)
         self.order, self.group, self.starts, count, self._v, cube, exponent, self._outside = found
         # _reflect: v₁ = 1 − root, the others −root, and vᵀv / 2 = 1 − root
         self._root = 1 / xp.sqrt(xp.maximum(count, 1))

@@ -14,62 +14,49 @@ SMALLEST, TINY, NARROW, LARGE = (np.float32(2.0**e) for e in (-149, -76, -100, 1
 
 
 @compiled
-def groups(ranges, alone):
-    """order, group: which rows are mixed with which."""
-    N, largest = len(ranges), ranges.max()
-    unit = largest if largest > 0 else 1.0
-    key = np.empty(N)
+def householder(low, high, by_range, order, group, starts, count, v, cube, exponent, outside):
+    """What Householder is made of, into arrays (N,), from the rows in the order of bhq.by_size."""
+    N, M, largest = len(low), 0, 0.0
+    for n in range(N):
+        largest = max(largest, high[n] - low[n])
+        M += not (high[n] == low[n] and low[n] != 0)      # the others stay alone
+    unit, total = largest if largest > 0 else 1.0, np.int64(0)
+    values, sums = np.empty(N, np.int64), np.empty(N, np.int64)
     for i in range(N):
-        key[i] = 1 if alone[i] else -ranges[i]
-    order, M = np.argsort(key, kind="mergesort"), N - alone.sum()
-    v = np.empty(N, np.int64)
-    for i in range(N):
-        v[i] = np.int64(np.rint(ranges[order[i]] / unit * 2.0**23))
-    sums, small = np.cumsum(v), 0
+        n = by_range[i]
+        values[i] = np.int64(np.rint((high[n] - low[n]) / unit * 2.0**23))
+        total += values[i]
+        sums[i] = total
+    small = 0
     for k in range(1, M):
-        if k * v[M - k - 1] > sums[M - k - 1]:
+        if k * values[M - k - 1] > sums[M - k - 1]:
             small = k
             break
-    G, group, total = M - small, np.empty(N, np.int64), 1
-    if G > 0:
-        total = max(sums[G - 1], 1)
-    i = 0
-    for row in range(N):
-        if row < G:
-            group[row] = row
-        elif row >= M:
-            group[row] = G + row - M
-        else:                                             # the first group whose end lies behind it
-            while i < G and np.int64(np.rint(sums[i] * small / total)) <= row - G:
-                i += 1
-            group[row] = i
-    leader_first = np.argsort(group, kind="mergesort")
-    return order[leader_first], group[leader_first]
-
-
-@compiled
-def householder(low, high):
-    """What Householder is made of: order, group, starts, count, v, cube, exponent, outside."""
-    N, ranges = len(low), high - low
-    order, group = groups(ranges, (ranges == 0) & (low != 0))
-    starts, count = np.full(N, N), np.zeros(N, np.int64)
-    for j in range(N - 1, -1, -1):
-        starts[group[j]] = j
-        count[group[j]] += 1
-    v, cube, exponent, outside = np.empty(N), np.empty(N), np.empty(N, np.int32), np.empty(N)
+    G, at, row = M - small, 0, M - small
+    whole = max(sums[G - 1], 1) if G > 0 else 1
+    starts[:], count[:] = N, 0
+    for g in range(G + N - M):                            # leaders, then rows that stay alone
+        starts[g] = at
+        order[at], group[at] = by_range[g if g < G else M + g - G], g
+        at += 1
+        end = G + np.int64(np.rint(sums[g] * small / whole)) if g < G - 1 else M
+        while row < min(end, M):                          # its share of the small ones
+            order[at], group[at] = by_range[row], g
+            at, row = at + 1, row + 1
+        count[g] = at - starts[g]
     for j in range(N):
         first, n = starts[group[j]], count[group[j]]
-        root, large = 1 / math.sqrt(n), ranges[order[first]]
-        small = max(ranges[order[min(first + 1, N - 1)]], 1e-30 * large)
+        lead, second = order[first], order[min(first + 1, N - 1)]
+        root, large = 1 / math.sqrt(n), high[lead] - low[lead]
+        less = max(high[second] - low[second], 1e-30 * large)
         v[j] = (1.0 if j == first else 0.0) - root
         exponent[j] = math.frexp(large)[1] if large > 0 else 0
-        large, small = math.ldexp(large, -exponent[j]), math.ldexp(small, -exponent[j])
+        large, less = math.ldexp(large, -exponent[j]), math.ldexp(less, -exponent[j])
         outside[j] = 1 / (n - math.sqrt(n)) if n > 1 else 1.0
         highest = (math.sqrt(0.5) if n == 2 else
                    max(outside[j], abs(1 - outside[j]), 1 / math.sqrt(n)))
-        cube[j] = large / math.sqrt(n) if j == first else small * highest / max(n - 1, 1)
+        cube[j] = large / math.sqrt(n) if j == first else less * highest / max(n - 1, 1)
         cube[j] = cube[j] if n > 1 and cube[j] > 0 else 1.0
-    return order, group, starts, count, v, cube, exponent, outside
 
 
 @compiled
