@@ -97,6 +97,21 @@ def passed(read, written=(), doubles=0, floats=0):
     return work
 
 
+def beside(work, v):
+    """And another rounding of x from the same read, if there is one."""
+    *_, constant, out = v.beside
+    if not out.size:
+        return work
+    return work._replace(shape=work.shape + " + codes of x", written=work.written + out.nbytes,
+                         noise=work.noise + out.size * (constant < 0),
+                         floats=work.floats + ROUNDING * out.size)
+
+
+def round_rows(v):
+    """Codes, and perhaps others."""
+    return beside(passed(["x"], ["out"], floats=ROUNDING)(v), v)
+
+
 def reflect(v):
     """Σ and reflection are two passages of a mixed row, one of another; what is asked for then:
 
@@ -106,10 +121,10 @@ def reflect(v):
                                         if getattr(v, name).size]
     mixed = int(counts[counts > 1].sum())
     random = "codes" in asked and v.constant < 0
-    return Work(f"{dims(v.x)} → {', '.join(asked)}" + ", random" * random, 0, v.x.nbytes,
-                v.out.nbytes + v.codes.nbytes, v.x.size * random,
-                v.x.size // len(v.x) * (len(v.x) + mixed),
-                v.x.size * (2 * ("ranges" in asked) + ROUNDING * ("codes" in asked)))
+    return beside(Work(f"{dims(v.x)} → {', '.join(asked)}" + ", random" * random, 0, v.x.nbytes,
+                       v.out.nbytes + v.codes.nbytes, v.x.size * random,
+                       v.x.size // len(v.x) * (len(v.x) + mixed),
+                       v.x.size * (2 * ("ranges" in asked) + ROUNDING * ("codes" in asked))), v)
 
 
 WORK = {                                                  # kernel → Work of its named arguments
@@ -120,7 +135,7 @@ WORK = {                                                  # kernel → Work of i
     "add_parts": passed(["parts"], ["total"], doubles=1),
     "dequantize": passed(["codes"], ["out"], doubles=1),
     "gemm_rows": gemm_rows,
-    "round_rows": passed(["x"], ["out"], floats=ROUNDING),
+    "round_rows": round_rows,
     "round_normalized": passed(["x"], ["out"], floats=ROUNDING + 5),
     "row_ranges": passed(["x"], floats=2),
     "reflect": reflect,
