@@ -433,7 +433,7 @@ T can be inverted, so the four numbers on the right can be turned back into four
 |---|---|---|
 {chr(10).join(ends)}
 
-{by(Householder, "self._to_samples(self._reflect(part) * self.undo_scales[:, None])")}
+{by(Householder, "y *= self.undo_scales[:, None]")}
 """
 
 

@@ -46,9 +46,10 @@ def apply(mutant: Mutant, text: str) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def pytest(folder: Path, tests: list[str], **environment: str) -> subprocess.CompletedProcess:
+def pytest(folder: Path, tests: list[str], seconds: int = 300,
+           **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300,
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds,
                           env=os.environ | environment)
 
 
@@ -84,7 +85,7 @@ def main() -> int:
         for i in range(WORKERS):
             skipped = ignore_patterns(".*", "runs", "__pycache__")
             copies.put(copytree(ROOT, Path(scratch) / str(i), ignore=skipped))
-        healthy = pytest(Path(scratch) / "0", sorted({m.test for m in mutants}))
+        healthy = pytest(Path(scratch) / "0", sorted({m.test for m in mutants}), 1800)   # compiles
         if healthy.returncode:
             print(f"without any mutant these tests are not all green:\n{healthy.stdout[-2000:]}")
             return 1
