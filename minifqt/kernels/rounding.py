@@ -16,7 +16,7 @@ from minifqt.rng import Stream
 
 if choice.numba is not None:
     from minifqt.kernels.cpu import codes
-    from minifqt.kernels.cpu.team import share
+    from minifqt.kernels.cpu.team import run_for, share
 
 _BLOCK = 1 << 18                                          # float32s of a block of rows
 _waiting = None                                           # inside `one_read`
@@ -84,7 +84,7 @@ def row_ranges(x: Array) -> tuple[Array, Array]:
     if suits(x):
         parts = max(1, 64 // len(x))                      # of a row, for the threads to share
         low, high = np.empty((2, len(x), parts), x.dtype)
-        share(codes.row_ranges, np.ascontiguousarray(x), low, high)
+        run_for(x)(codes.row_ranges, np.ascontiguousarray(x), low, high)
         return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
 
     def block(at):
@@ -130,7 +130,7 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
         rounding = *(v.reshape(-1) for v in (shift, inv, code)), lowest, highest, *source
         if suits(x):
             if not (_waiting and _waiting.take(x, rounding, out.view(np.uint8))):
-                share(codes.round_rows, x, rounding_of(x), *rounding, out.view(np.uint8))
+                run_for(x)(codes.round_rows, x, rounding_of(x), *rounding, out.view(np.uint8))
         else:
             x.rounded(rounding, out.view(np.uint8).reshape(len(x), -1))
         return out

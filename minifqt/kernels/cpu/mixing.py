@@ -17,6 +17,18 @@ NOTHING = (np.empty((0, 0), np.float32), np.empty((2, 0, 1), np.float32),
 def group_sum(x, source, before, left, right, root, gain, total):
     """total = (y₁ − Σy · root) · gain over y_j = x[source[j], left:right] · before[j], float64."""
     n, lead, scale = len(source), x[source[0], left:right], before[0]
+    if n == 2 or n == 3:                                  # most groups: the same in one loop
+        one, other, p, q = (x[source[1], left:right], x[source[n - 1], left:right], before[1],
+                            before[n - 1])
+        if n == 2:
+            for i in range(len(total)):
+                y = lead[i] * scale
+                total[i] = (y - (y + one[i] * p) * root) * gain
+        else:
+            for i in range(len(total)):
+                y = lead[i] * scale
+                total[i] = (y - ((y + one[i] * p) + other[i] * q) * root) * gain
+        return
     for i in range(len(total)):
         total[i] = lead[i] * scale
     for j in range(1, n - 1, 2):                          # in order, two rows a turn

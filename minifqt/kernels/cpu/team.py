@@ -19,17 +19,32 @@ from minifqt.kernels.cpu.choice import compiled
 
 TASKS, SEATS, LEFT, BELL = range(4)                       # what a counter (4,) int64 counts
 CLOSED = 1 << 40                                          # subtracted from the seats at the end
+SMALL = 1 << 16                                           # numbers, a weight's as a rule
 PATIENCE = 400_000                                        # turns of listening: some 200 µs
 
 _jobs: SimpleQueue = SimpleQueue()
 _members: list[Thread] = []
 _bell = np.zeros(1, np.int64)                             # rung by who is first in a kernel
 _bell_address = _bell.ctypes.data
+_unheard = np.zeros(1, np.int64)                          # rung for nobody
+_unheard_address = _unheard.ctypes.data
 
 
 def share(kernel, *arguments) -> None:
     """kernel(counter, *arguments) on every thread; each takes its tasks from the counter."""
     begin(kernel, *arguments)()
+
+
+def run_for(x: np.ndarray):
+    """`share`, or `alone` where a pass over x is shorter than the way to another thread."""
+    return share if x.size > SMALL else alone
+
+
+def alone(kernel, *arguments) -> None:
+    """kernel(counter, *arguments) on this thread."""
+    counter = np.zeros(4, np.int64)
+    counter[BELL] = _unheard_address
+    kernel(counter, *arguments)
 
 
 def begin(kernel, *arguments):
