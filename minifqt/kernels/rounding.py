@@ -4,6 +4,7 @@ Compiled, the noise is made where it is used. On a GPU the reference, which is p
 whole arrays, no sync.
 """
 from contextlib import contextmanager
+from threading import local
 
 import numpy as np
 
@@ -19,7 +20,7 @@ if choice.numba is not None:
     from minifqt.kernels.cpu.team import run_for, share
 
 _BLOCK = 1 << 18                                          # float32s of a block of rows
-_waiting = None                                           # inside `one_read`
+_now = local()                                            # .waiting, in a thread inside `one_read`
 
 
 @contextmanager
@@ -28,14 +29,13 @@ def one_read(x: Array):
 
     Its codes are there at the end, not before.
     """
-    global _waiting
-    _waiting = _Waiting(x) if suits(x) else None
+    waiting = _now.waiting = _Waiting(x) if suits(x) else None
     try:
         yield
-        if _waiting and _waiting.job:                     # nobody came by
-            share(codes.round_rows, *_waiting.alone)
+        if waiting and waiting.job:                       # nobody came by
+            share(codes.round_rows, *waiting.alone)
     finally:
-        _waiting = None
+        _now.waiting = None
 
 
 class _Waiting:
@@ -59,9 +59,10 @@ class _Waiting:
 
 def rounding_of(x: np.ndarray) -> tuple:
     """What a pass over x does beside its own work (codes.round_beside); the caller then does it."""
-    if not (_waiting and _waiting.job and _waiting.is_for(x)):
+    waiting = getattr(_now, "waiting", None)
+    if not (waiting and waiting.job and waiting.is_for(x)):
         return codes.NOTHING_BESIDE
-    job, _waiting.job = _waiting.job, None
+    job, waiting.job = waiting.job, None
     return job
 
 
@@ -129,7 +130,8 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
         out = empty(x.shape, dtype)
         rounding = *(v.reshape(-1) for v in (shift, inv, code)), lowest, highest, *source
         if suits(x):
-            if not (_waiting and _waiting.take(x, rounding, out.view(np.uint8))):
+            waiting = getattr(_now, "waiting", None)
+            if not (waiting and waiting.take(x, rounding, out.view(np.uint8))):
                 run_for(x)(codes.round_rows, x, rounding_of(x), *rounding, out.view(np.uint8))
         else:
             x.rounded(rounding, out.view(np.uint8).reshape(len(x), -1))
