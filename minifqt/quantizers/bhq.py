@@ -28,7 +28,7 @@ if choice.numba is not None:
     from minifqt.kernels.cpu import mixing, plans
     from minifqt.kernels.cpu.team import share
 
-# Columns mixed at a time: 128 rows of them, in float64, fit a core's cache; compiled, fewer.
+# Columns that NumPy mixes at a time; fewer cost more calls.
 _COLUMNS = 2048
 
 
@@ -102,9 +102,10 @@ def by_size(ranges: Array, alone: Array) -> Array:
 
 
 def reflections(low: Array, high: Array) -> tuple[Array, ...]:
-    """What Householder is made of: order, group, starts, count, v, λ's cube, exponent, −Q.
+    """What Householder is made of: order, group, starts, count, v, cube, exponent, outside.
 
     starts, count  (N,) of group i, N and 0 if there is none; the others (N,) of mixed rows
+    cube           s⁻³, in units of 2^exponent;  outside  −Q between two small rows of its group
     """
     xp, N = array_module(low), len(low)
     ranges, row = high - low, xp.arange(len(low))

@@ -1,7 +1,8 @@
-"""Arithmetic of one number a row, compiled: in NumPy it is a hundred small calls a layer.
+"""Small arithmetic between kernels, compiled: in NumPy it is a hundred short calls a layer.
 
-Each function has its plain twin, which says what is computed and why: reflections and groups in
-quantizers/bhq.py, Normalized.summary in kernels/norm.py, grid in quantizers/affine.py. Same bits.
+What is computed, and why, is said elsewhere, and tests compare the bits: `reflections` and `groups`
+in quantizers/bhq.py, `grid` in quantizers/affine.py, `epilogue` in kernels/reference.py; the ranges
+of a batch norm are those of its formed array.
 """
 import math
 
