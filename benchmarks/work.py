@@ -112,19 +112,24 @@ def round_rows(v):
     return beside(passed(["x"], ["out"], floats=ROUNDING)(v), v)
 
 
-def reflect(v):
-    """Σ and reflection are two passages of a mixed row, one of another; what is asked for then:
-
-    a range 2 operations, codes those of round_rows and their noise; both in cache.
-    """
-    counts, asked = np.diff(v.starts), [name for name in ("out", "ranges", "codes")
-                                        if getattr(v, name).size]
+def mixing(v):
+    """Σ and reflection: two passages of a mixed row, one of another; and a range, 2 operations."""
+    counts, N = np.diff(v.starts), len(v.x)
     mixed = int(counts[counts > 1].sum())
-    random = "codes" in asked and v.constant < 0
-    return beside(Work(f"{dims(v.x)} → {', '.join(asked)}" + ", random" * random, 0, v.x.nbytes,
-                       v.out.nbytes + v.codes.nbytes, v.x.size * random,
-                       v.x.size // len(v.x) * (len(v.x) + mixed),
-                       v.x.size * (2 * ("ranges" in asked) + ROUNDING * ("codes" in asked))), v)
+    return Work(dims(v.x), 0, v.x.nbytes, 0, 0, v.x.size // N * (N + mixed), 2 * v.x.size)
+
+
+def reflect(v):
+    """And the mixed rows themselves."""
+    return mixing(v)._replace(written=v.out.nbytes)
+
+
+def reflect_and_round(v):
+    """And codes as round_rows has them and perhaps others; mixed rows stay in cache."""
+    work = mixing(v)
+    return beside(work._replace(shape=f"{work.shape} → codes", written=v.codes.nbytes,
+                                noise=v.x.size * (v.constant < 0),
+                                floats=work.floats + ROUNDING * v.x.size), v)
 
 
 WORK = {                                                  # kernel → Work of its named arguments
@@ -139,6 +144,7 @@ WORK = {                                                  # kernel → Work of i
     "round_normalized": passed(["x"], ["out"], floats=ROUNDING + 5),
     "row_ranges": passed(["x"], floats=2),
     "reflect": reflect,
+    "reflect_and_round": reflect_and_round,
     "summarize": passed(["x"], doubles=1, floats=2),
     "add": passed(["a", "b"], ["out"], doubles=1, floats=1 + 2),
     "normalize": passed(["x"], ["out"], floats=5),

@@ -7,14 +7,16 @@ from given import Given
 from minifqt import Streams
 from minifqt.kernels import reference, rounding
 from minifqt.kernels.cpu import choice
-from minifqt.quantizers import create
+from minifqt.quantizers import bhq, create
 from minifqt.quantizers.bhq import (
     _COLUMNS,
     Householder,
+    Mixed,
     compiled_reflections,
     groups,
     reflections,
 )
+from minifqt.rng import nearest
 
 each_width = pytest.mark.parametrize("bits", range(2, 9))
 each_size = pytest.mark.parametrize("N", [1, 2, 3, 5, 37, 100])
@@ -534,13 +536,11 @@ def test_compiled_reflections_are_the_plain_ones_bit_for_bit(kind, N):
             assert np.array_equal(found, plain)
 
 
-def mixed_rows(N, D, groups):
-    """Rows that form so many groups, mixed: twice, neither of them computed yet."""
+def rows_in_groups(N, D, groups):
     x = gauss(N, D)
     x *= np.where(np.arange(N) % max(1, N // groups) == 0, 1e3, 1)[:, None].astype("float32")
-    mix = householder(x)
-    assert mix.group[-1] + 1 == groups
-    return [mix.apply_rescaled(x)[0] for _ in range(2)]
+    assert householder(x).group[-1] + 1 == groups
+    return x
 
 
 each_group = pytest.mark.parametrize(("N", "D", "groups"), [
@@ -550,34 +550,62 @@ each_group = pytest.mark.parametrize(("N", "D", "groups"), [
 
 @needs_numba
 @each_group
-def test_mixed_rows_that_are_not_formed_have_the_ranges_of_those_that_are(N, D, groups):
-    lazy, formed = mixed_rows(N, D, groups)
-    y = np.asarray(formed)
-    for found, exact in zip(rounding.known_ranges(lazy, N), (y.min(axis=1), y.max(axis=1)),
+def test_mixed_rows_know_their_ranges(N, D, groups):
+    x = rows_in_groups(N, D, groups)
+    y = householder(x).apply(x)
+    if D > 4000:
+        assert y.summary.ranges.shape[2] > 1              # columns are cut where groups are few
+    for found, exact in zip(rounding.known_ranges(y, N), (y.min(axis=1), y.max(axis=1)),
                             strict=True):
         assert np.array_equal(found[:, 0], exact)
-    assert lazy._array is None
-    if D > 4000:
-        assert lazy.parts > 1                             # columns are cut
+
+
+def same(one, other):
+    return all(np.array_equal(getattr(one, name), getattr(other, name))
+               for name in ("codes", "scale", "zero"))
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """Whether each call of Mixed.quantized found codes while rows were mixed."""
+    found, quantized = [], Mixed.quantized
+
+    def watched(self, *arguments):
+        result = quantized(self, *arguments)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(Mixed, "quantized", watched)
+    return found
 
 
 @needs_numba
 @each_group
-@pytest.mark.parametrize("noise", [None, 0, 65535])
-def test_mixed_rows_that_are_not_formed_have_the_codes_of_those_that_are(N, D, groups, noise,
-                                                                         on_threads):
-    stream = Streams(0).stream("x") if noise is None else Given(noise)
-    formed, _ = mixed_rows(N, D, groups)
-    y = np.array(formed)
-    low, high = y.min(axis=1, keepdims=True), y.max(axis=1, keepdims=True)
-    inv = reference.UNIT * 31 / np.maximum(high - low, np.float32(1e-20))
-    plain = reference.round_codes(reference.fixed_point(y, low, inv), stream.bits(y.shape), 31)
+@pytest.mark.parametrize("noise", ["random", "nearest"])
+def test_rows_quantized_in_cache_have_the_codes_of_formed_ones(N, D, groups, noise, on_threads,
+                                                               attempts, monkeypatch):
+    x, q, streams = rows_in_groups(N, D, groups), create("bhq", 5), Streams(3)
+    stream = streams.stream("x") if noise == "random" else nearest(streams, "x")
+    in_cache = on_threads(lambda: q(x, stream))
+    largest = householder(x).n.max() if N > 2 else 1
+    assert attempts == [2 * threads * largest <= N for threads in (1, 2, 4)]
+    monkeypatch.setattr(Mixed, "quantized", lambda *_: None)
+    formed = q(x, stream)
+    assert all(same(t, formed) for t in in_cache)
 
-    def rounded():
-        lazy, _ = mixed_rows(N, D, groups)
-        codes = rounding.affine_codes(lazy, low, inv, stream, y.shape, 31)
-        assert lazy._array is None
-        return codes
 
-    for codes in on_threads(rounded):
-        assert np.array_equal(codes, plain)
+@needs_numba
+@pytest.mark.parametrize("why", ["", "too large for a cache", "rescaled", "noise of its own"])
+def test_what_can_not_be_quantized_in_cache_is_formed(why, set_instructions, attempts, monkeypatch):
+    x, stream = rows_in_groups(64, 900, 29), Streams(0).stream("x")
+    if why == "too large for a cache":
+        monkeypatch.setattr(bhq, "ROOM", 1)
+        x[:60:3] /= 1e4                                   # some leader has more than two followers
+    if why == "rescaled":
+        x[5] = 1e-30                                      # alone, and below 2⁻⁷⁶
+    if why == "noise of its own":
+        stream = Given(np.full(x.shape, 7))
+    compiled = create("bhq", 5)(x, stream)
+    assert attempts == [why == ""]
+    set_instructions("numpy")
+    assert same(compiled, create("bhq", 5)(x, stream))

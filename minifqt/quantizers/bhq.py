@@ -8,14 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from minifqt.backend import (
-    Array,
-    array_module,
-    empty,
-    map_blocks,
-    segment_sum,
-    threads,
-)
+from minifqt.backend import Array, array_module, empty, map_blocks, segment_sum, threads
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.rounding import known_ranges, rounding_of, row_ranges
 from minifqt.kernels.seen import Lazy, Summary, blank, images, suits
@@ -28,8 +21,8 @@ if choice.numba is not None:
     from minifqt.kernels.cpu import mixing, plans
     from minifqt.kernels.cpu.team import share
 
-# Columns that NumPy mixes at a time; fewer cost more calls.
-_COLUMNS = 2048
+_COLUMNS = 2048                                           # that NumPy mixes at a time
+ROOM = 1 << 20                                            # bytes of a group's mixed rows, in cache
 
 
 @register("bhq")
@@ -44,26 +37,36 @@ class BHQ(Quantizer):
     """
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
-        mix, g = self._mixed(x, stream)
-        codes, per_row = g.codes(stream, x.shape, self.bins), (len(x),) + (1,) * (x.ndim - 1)
-        return QTensor(codes, g.scale.reshape(per_row), g.zero.reshape(per_row), mix, stream.name)
+        mix, mixed = self._mixed(x, stream)
+        found = mixed.quantized(self.bins, stream) if isinstance(mixed, Mixed) else None
+        if found is None:                                 # not while it was mixed
+            g = self._grid(mix, mixed)
+            found = g.codes(stream, x.shape, self.bins), g.scale, g.zero
+        codes, scale, zero = found
+        per_row = (len(x),) + (1,) * (x.ndim - 1)
+        return QTensor(codes.reshape(x.shape), scale.reshape(per_row), zero.reshape(per_row), mix,
+                       stream.name)
 
     def variance(self, x: Array) -> Array:
         """(T⁻¹)² · scale² p(1 − p).  float64, shape of x."""
-        mix, g = self._mixed(x)
-        return mix.undo_squared(g.variance(self.bins)).reshape(x.shape)
+        mix, mixed = self._mixed(x)
+        v = self._grid(mix, mixed).variance(self.bins)
+        return mix.undo_squared(v).reshape(x.shape)
 
     def bound(self, x: Array) -> float:
         """D/4 · Σ_r scale_r² ‖T⁻¹e_r‖².  # sync"""
-        mix, g = self._mixed(x)
-        return float(mix.undo_squared(g.bound()).sum())
+        mix, mixed = self._mixed(x)
+        return float(mix.undo_squared(self._grid(mix, mixed).bound()).sum())
 
     def _mixed(self, x, stream=None):
         low, high = finite_ranges(x, len(x), stream)
         mix = Householder(low[:, 0].astype("float64"), high[:, 0].astype("float64"))
-        mixed, exponent = mix.apply_rescaled(as_rows(x, len(x)))
-        low, high = known_ranges(mixed, len(x)) or row_ranges(mixed)
-        return mix, grid(mixed, low, high, self.bins, exponent)
+        return mix, mix.apply_rescaled(as_rows(x, len(x)))[0]
+
+    def _grid(self, mix, mixed):
+        mixed = np.asarray(mixed) if isinstance(mixed, Mixed) else mixed
+        low, high = known_ranges(mixed, len(mixed)) or row_ranges(mixed)
+        return grid(mixed, low, high, self.bins, mix.exponent[:, None])
 
 
 def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
@@ -102,10 +105,10 @@ def by_size(ranges: Array, alone: Array) -> Array:
 
 
 def reflections(low: Array, high: Array) -> tuple[Array, ...]:
-    """What Householder is made of: order, group, starts, count, v, cube, exponent, outside.
+    """What Householder is made of: order, group, starts, count, v, outside, exponent and the rest.
 
-    starts, count  (N,) of group i, N and 0 if there is none; the others (N,) of mixed rows
-    cube           s⁻³, in units of 2^exponent;  outside  −Q between two small rows of its group
+    starts, count  (N,) of group i, N and 0 if there is none; root, gain (N,) as _reflect uses them
+    outside        −Q between two small rows of its group, (N,) as all that follow, of mixed rows
     """
     xp, N = array_module(low), len(low)
     ranges, row = high - low, xp.arange(len(low))
@@ -114,6 +117,8 @@ def reflections(low: Array, high: Array) -> tuple[Array, ...]:
     count = xp.searchsorted(group, row, side="right") - starts
     first, n = starts[group], count[group].astype("float64")          # each mixed row's leader
     v = xp.where(row == first, 1, 0) - 1 / xp.sqrt(n)
+    root = 1 / xp.sqrt(xp.maximum(count, 1))              # v₁ = 1 − root, the others −root,
+    gain = 1 / xp.where(root < 1, 1 - root, 1)            # and vᵀv / 2 = 1 − root
     large, small = ranges[order[first]], ranges[order[xp.minimum(first + 1, N - 1)]]
     exponent = xp.where(large > 0, xp.frexp(large)[1], 0)
     large, small = (xp.ldexp(large, -exponent),
@@ -122,18 +127,25 @@ def reflections(low: Array, high: Array) -> tuple[Array, ...]:
     highest = xp.where(n == 2, xp.sqrt(0.5),
                        xp.maximum(xp.maximum(outside, abs(1 - outside)), 1 / xp.sqrt(n)))
     cube = xp.where(row == first, large / xp.sqrt(n), small * highest / xp.maximum(n - 1, 1))
-    cube = xp.where((n > 1) & (cube > 0), cube, 1)
-    return order, group, starts, count, v, cube, exponent, outside
+    cube = xp.where((n > 1) & (cube > 0), cube, 1)        # s⁻³, in units of 2^exponent
+    room = xp.where(exponent > 118, 32, 0)                # or a scale near 2¹²⁸ would overflow
+    scales, exponent = xp.ldexp(1 / xp.cbrt(cube), -room), exponent - room
+    zero_rows = ((low == 0) & (high == 0))[order]
+    undo_scales = xp.where(zero_rows, 0.0, 1 / scales)    # what is 0 stays 0
+    return order, group, starts, count, v, outside, exponent, root, gain, scales, undo_scales
 
 
 def compiled_reflections(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The same by plans.householder."""
+    """The same by plans.py, but for the cube roots, where libraries differ in the last bit."""
     N, ranges = len(low), high - low
     by_range = by_size(ranges, (ranges == 0) & (low != 0))
-    whole, real = np.empty((4, N), np.int64), np.empty((3, N))
-    found = (*whole, *real[:2], np.empty(N, np.int32), real[2])
-    plans.householder(low, high, by_range, *found)
-    return found
+    order, group, starts, count, exponent = np.empty((5, N), np.int64)
+    v, outside, cube, root, gain, scales, undo_scales = np.empty((7, N))
+    plans.groups(low, high, by_range, order, group, starts, count)
+    plans.reflectors(low, high, order, group, starts, count, v, outside, cube, exponent)
+    plans.scales_of(low, high, order, count, np.cbrt(cube), exponent, root, gain, scales,
+                    undo_scales)
+    return order, group, starts, count, v, outside, exponent, root, gain, scales, undo_scales
 
 
 class Householder:
@@ -147,17 +159,10 @@ class Householder:
     """
 
     def __init__(self, low: Array, high: Array):
-        xp = array_module(low)
-        compiled = xp is np and choice.instructions() != "numpy"
+        compiled = array_module(low) is np and choice.instructions() != "numpy"
         found = compiled_reflections(low, high) if compiled else reflections(low, high)
-        self.order, self.group, self.starts, count, self._v, cube, exponent, self._outside = found
-        # _reflect: v₁ = 1 − root, the others −root, and vᵀv / 2 = 1 − root
-        self._root = 1 / xp.sqrt(xp.maximum(count, 1))
-        self._gain, self._count = 1 / xp.where(self._root < 1, 1 - self._root, 1), count
-        room = xp.where(exponent > 118, 32, 0)            # or a scale near 2¹²⁸ would overflow
-        self.scales, self.exponent = xp.ldexp(1 / xp.cbrt(cube), -room), exponent - room
-        zero_rows = ((low == 0) & (high == 0))[self.order]
-        self.undo_scales = xp.where(zero_rows, 0.0, 1 / self.scales)  # what is 0 stays 0
+        (self.order, self.group, self.starts, self._count, self._v, self._outside, self.exponent,
+         self._root, self._gain, self.scales, self.undo_scales) = found
 
     @property
     def n(self) -> Array:
@@ -192,6 +197,7 @@ class Householder:
         return self._by_columns(
             x, slice(None), lambda part: self._reflect(part[self.order] * scales[:, None]))
 
+    @cached_property
     def plan(self):
         """starts, root, gain, v, target, after: what a kernel needs to undo T (mixing.reflect)."""
         groups = self.group[-1] + 1
@@ -246,41 +252,42 @@ class Householder:
 
 
 class Mixed(Lazy):
-    """T·x for a T with these scales, or T⁻¹·x, on a CPU: its ranges and codes need no array of it.
+    """T·x for a T with these scales, or T⁻¹·x, on a CPU; quantized without an array of it.
 
     x (N, …) float32;  scales (N,) float64, of the mixed rows
     """
 
     def __init__(self, x, mix: Householder, scales=None, to_samples=False):
         super().__init__(x.shape)
-        starts, root, gain, v, order, undo_scales = mix.plan()
-        rows, ones = np.arange(len(x)), np.ones(len(x))
-        self.x, groups = images(x), (starts, root, gain, v)
-        self.operands = ((rows, ones, *groups, order, undo_scales) if to_samples else
-                         (order, scales, *groups, rows, ones))
-        # Columns are cut for the threads where groups are few.
-        self.parts = max(1, min(-(-32 // len(root)), self.x.shape[1] // mixing.CHUNK))
+        self.x, self.mix, self.scales, self.to_samples = images(x), mix, scales, to_samples
 
     def form(self) -> np.ndarray:
-        """Its numbers.  (N, …)."""
-        y = blank(self.shape)
-        self._pass(out=images(y))
+        """Its numbers, with their rows' ranges.  (N, …)."""
+        (N, D), (*groups, order, undo_scales) = self.x.shape, self.mix.plan
+        rows, ones = np.arange(N), np.ones(N)
+        operands = ((rows, ones, *groups, order, undo_scales) if self.to_samples else
+                    (order, self.scales, *groups, rows, ones))
+        # Columns are cut for the threads where groups are few.
+        parts = max(1, min(-(-32 // len(groups[1])), D // mixing.CHUNK))
+        y, ranges = blank(self.shape), np.empty((2, N, parts), np.float32)
+        totals = empty((threads(), mixing.CHUNK), "float64")
+        share(mixing.reflect, totals, self.x, *operands, parts, images(y), ranges)
+        y.summary = Summary(ranges, None)
         return y
 
-    @cached_property
-    def summary(self) -> Summary:
-        """Its rows' ranges."""
-        ranges = np.empty((2, len(self), self.parts), np.float32)
-        self._pass(ranges=ranges)
-        return Summary(ranges, None)
+    def quantized(self, bins: int, stream: Stream) -> tuple[np.ndarray, ...] | None:
+        """Codes (N, D), scale and zero (N,) of T·x / 2^exponent, in one pass over x.
 
-    def rounded(self, rounding: tuple, out: np.ndarray) -> None:
-        """Writes its codes (N, D); rounding as codes.round_rows takes it."""
-        self._pass(rounding=(*rounding, out))
-
-    def _pass(self, out=None, ranges=None, rounding=None):
-        out, ranges, rounding = (none if wanted is None else wanted for wanted, none in
-                                 zip((out, ranges, rounding), mixing.NOTHING, strict=True))
-        totals = empty((threads(), mixing.CHUNK), "float64")
-        share(mixing.reflect, totals, self.x, rounding_of(self.x), *self.operands, self.parts,
-              out, ranges, *rounding)
+        None where groups are too large for a cache or for the threads to share, where a row must be
+        rescaled (affine.rescaled) and where the stream makes its noise in its own way.
+        """
+        (N, D), (starts, root, gain, v, order, _) = self.x.shape, self.mix.plan
+        room, largest = max(3, ROOM // (4 * D)), self.mix._count.max()
+        source = stream.source()
+        if source is None or largest > room or 2 * threads() * largest > N:
+            return None
+        codes, grids = empty((N, D), "uint8"), np.empty((3, N), np.float32)
+        share(mixing.reflect_and_round, empty((threads(), mixing.CHUNK), "float64"),
+              empty((threads(), room, D)), self.x, rounding_of(self.x), order, self.scales, starts,
+              root, gain, v, bins, self.mix.exponent, *source, grids, codes)
+        return (codes, *grids[1:]) if grids[1].all() else None

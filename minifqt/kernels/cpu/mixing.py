@@ -4,13 +4,11 @@ import numpy as np
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_beside, round_run, widen
 from minifqt.kernels.cpu.noise import BLOCKS, TURN, noise_of
+from minifqt.kernels.cpu.plans import grid_row
 from minifqt.kernels.cpu.team import leave, seat, take
+from minifqt.kernels.reference import UNIT
 
 CHUNK = 16 * 4 * TURN                                     # columns of a group at a time, in cache
-# out, ranges and rounding of `reflect` where nobody asks for them
-NOTHING = (np.empty((0, 0), np.float32), np.empty((2, 0, 1), np.float32),
-           (*np.empty((3, 0), np.float32), np.float32(0), np.float32(0),
-            np.frombuffer(bytes(16), np.uint64), 0, -1, np.empty((0, 0), np.uint8)))
 
 
 @compiled
@@ -52,30 +50,25 @@ def reflect_row(row, before, v, total, after, out):
 
 
 @compiled
-def reflect(counter, totals, x, beside, source, before, starts, root, gain, v, target, after, parts,
-            out, ranges, shift, inv, code, lowest, highest, key, step, constant, codes):
-    """y[target[j]] = reflect_row of x[source[j]], in groups of rows between `starts`.
+def reflect(counter, totals, x, source, before, starts, root, gain, v, target, after, parts, out,
+            ranges):
+    """out[target[j]] = reflect_row of x[source[j]], in groups of rows between `starts`.
 
-    totals  (threads, CHUNK) float64, scratch
-    parts   into which columns are cut, for the threads to share
-    What is asked for, the rest being empty: out, y itself (N, D); ranges (2, N, parts) of y; codes
-    (N, D) of y, as codes.round_rows takes shift .. constant. Nobody else sees y outside the cache.
-    beside  another rounding, of x itself (codes.round_beside)
+    x, out (N, D);  totals (threads, CHUNK) float64, scratch
+    parts   into which columns are cut, for the threads to share;  ranges (2, N, parts) of out
     """
     me = seat(counter)
     if me < 0:
         return
     N, D = x.shape
     low, high = np.empty(N, np.int32), np.empty(N, np.int32)
-    y, state = np.empty(CHUNK, np.float32), np.empty((4, BLOCKS), np.uint64)
-    words = np.empty(4 * BLOCKS, np.uint64)
     while True:
         task = take(counter)
         if task >= (len(starts) - 1) * parts:
             break
         group, part = task // parts, task % parts
         first, last = starts[group], starts[group + 1]
-        low[:], high[:] = NOTHING_YET
+        low[first:last], high[first:last] = NOTHING_YET
         stop = (part + 1) * D // parts
         for left in range(part * D // parts, stop, CHUNK):
             right = min(stop, left + CHUNK)
@@ -83,19 +76,54 @@ def reflect(counter, totals, x, beside, source, before, starts, root, gain, v, t
             group_sum(x, source[first:last], before[first:last], left, right, root[group],
                       gain[group], total)
             for j in range(first, last):
-                r = target[j]
-                result = out[r, left:right] if out.size else y[:right - left]
-                row = x[source[j], left:right]
-                round_beside(row, source[j] * D + left, beside, state, words)
-                reflect_row(row, before[j], v[j], total, after[j], result)
-                if ranges.size:
-                    low[j], high[j] = widen(result, low[j], high[j])
-                if codes.size:
-                    noise = noise_of(key, step, r * D + left, right - left, constant, state, words)
-                    round_run(result, noise, shift[r], inv[r], code[r], lowest, highest,
-                              codes[r, left:right])
-        if ranges.size:
+                y = out[target[j], left:right]
+                reflect_row(x[source[j], left:right], before[j], v[j], total, after[j], y)
+                low[j], high[j] = widen(y, low[j], high[j])
+        for j in range(first, last):
+            r = target[j]
+            ranges[0, r, part], ranges[1, r, part] = range_of(low[j], high[j])
+    leave(counter)
+
+
+@compiled
+def reflect_and_round(counter, totals, rows, x, beside, source, before, starts, root, gain, v, bins,
+                      exponent, key, step, constant, grids, codes):
+    """Codes (N, D) of the mixed rows, each on the grid of its own range: a group stays in cache.
+
+    rows    (threads, rows of the largest group, D) float32, and totals as in reflect: scratch
+    beside  another rounding, of x itself (codes.round_beside)
+    exponent, grids  (N,), (3, N) as in plans.grid; a row that must be rescaled gets no codes
+    """
+    me = seat(counter)
+    if me < 0:
+        return
+    N, D = x.shape
+    low, high = np.empty(N, np.int32), np.empty(N, np.int32)
+    state, words = np.empty((4, BLOCKS), np.uint64), np.empty(4 * BLOCKS, np.uint64)
+    top, nothing = np.float32(UNIT * bins), np.float32(0)
+    while True:
+        group = take(counter)
+        if group >= len(starts) - 1:
+            break
+        first, last = starts[group], starts[group + 1]
+        low[first:last], high[first:last] = NOTHING_YET
+        for left in range(0, D, CHUNK):
+            right = min(D, left + CHUNK)
+            total = totals[me, :right - left]
+            group_sum(x, source[first:last], before[first:last], left, right, root[group],
+                      gain[group], total)
             for j in range(first, last):
-                r = target[j]
-                ranges[0, r, part], ranges[1, r, part] = range_of(low[j], high[j])
+                row, y = x[source[j], left:right], rows[me, j - first, left:right]
+                round_beside(row, source[j] * D + left, beside, state, words)
+                reflect_row(row, before[j], v[j], total, 1.0, y)
+                low[j], high[j] = widen(y, low[j], high[j])
+        for j in range(first, last):
+            least, most = range_of(low[j], high[j])
+            inv, scale, zero = grid_row(least, most, bins, exponent[j])
+            grids[0, j], grids[1, j], grids[2, j] = inv, scale, zero
+            for left in range(0, D if scale > 0 else 0, CHUNK):
+                right = min(D, left + CHUNK)
+                noise = noise_of(key, step, j * D + left, right - left, constant, state, words)
+                round_run(rows[me, j - first, left:right], noise, least, inv, nothing, nothing, top,
+                          codes[j, left:right])
     leave(counter)

@@ -12,11 +12,12 @@ from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.reference import UNIT
 
 SMALLEST, TINY, NARROW, LARGE = (np.float32(2.0**e) for e in (-149, -76, -100, 119))   # affine.py
+ZERO = np.float32(0)
 
 
 @compiled
-def householder(low, high, by_range, order, group, starts, count, v, cube, exponent, outside):
-    """What Householder is made of, into arrays (N,), from the rows in the order of bhq.by_size."""
+def groups(low, high, by_range, order, group, starts, count):
+    """bhq.groups of rows in the order of bhq.by_size, and where each group starts and how many."""
     N, M, largest = len(low), 0, 0.0
     for n in range(N):
         largest = max(largest, high[n] - low[n])
@@ -45,9 +46,14 @@ def householder(low, high, by_range, order, group, starts, count, v, cube, expon
             order[at], group[at] = by_range[row], g
             at, row = at + 1, row + 1
         count[g] = at - starts[g]
-    for j in range(N):
+
+
+@compiled
+def reflectors(low, high, order, group, starts, count, v, outside, cube, exponent):
+    """v, outside, cube and exponent of mixed rows, as bhq.reflections finds them."""
+    for j in range(len(order)):
         first, n = starts[group[j]], count[group[j]]
-        lead, second = order[first], order[min(first + 1, N - 1)]
+        lead, second = order[first], order[min(first + 1, len(order) - 1)]
         root, large = 1 / math.sqrt(n), high[lead] - low[lead]
         less = max(high[second] - low[second], 1e-30 * large)
         v[j] = (1.0 if j == first else 0.0) - root
@@ -61,19 +67,38 @@ def householder(low, high, by_range, order, group, starts, count, v, cube, expon
 
 
 @compiled
+def scales_of(low, high, order, count, thirds, exponent, root, gain, scales, undo_scales):
+    """root and gain of groups, scales and undo_scales of mixed rows from the cube roots s⁻¹."""
+    for i in range(len(order)):
+        root[i] = 1 / math.sqrt(max(count[i], 1))
+        gain[i] = 1 / (1 - root[i] if root[i] < 1 else 1.0)
+        room = 32 if exponent[i] > 118 else 0             # or a scale near 2¹²⁸ would overflow
+        scales[i], exponent[i] = math.ldexp(1 / thirds[i], -room), exponent[i] - room
+        n = order[i]
+        undo_scales[i] = 0.0 if low[n] == 0 and high[n] == 0 else 1 / scales[i]
+
+
+@compiled
+def grid_row(least, most, bins, exponent):
+    """inv, scale and zero of a row; scale 0 where it must be rescaled."""
+    width, largest = most - least, max(-least, most)
+    if largest > LARGE or (width < NARROW and 0 < largest < TINY):
+        return ZERO, ZERO, ZERO
+    flat = width == 0
+    scale = (np.float32(1) if least == 0 else abs(least)) if flat else width / np.float32(bins)
+    scale = np.float32(max(math.ldexp(scale, exponent), SMALLEST))
+    inv = ZERO if flat else np.float32(UNIT * bins) / width
+    return inv, scale, np.float32(-least / math.ldexp(scale, -exponent))
+
+
+@compiled
 def grid(low, high, bins, exponent, out):
     """inv, scale and zero of rows (N, 1) into out (3, N, 1); False where a row must be rescaled."""
-    unit, steps = np.float32(UNIT * bins), np.float32(bins)
     for i in range(len(low)):
-        least, most = low[i, 0], high[i, 0]
-        width, largest = most - least, max(-least, most)
-        if largest > LARGE or (width < NARROW and 0 < largest < TINY):
+        inv, scale, zero = grid_row(low[i, 0], high[i, 0], bins, exponent[i, 0])
+        if scale == 0:
             return False
-        flat = width == 0
-        scale = (np.float32(1) if least == 0 else abs(least)) if flat else width / steps
-        scale = max(math.ldexp(scale, exponent[i, 0]), SMALLEST)
-        out[0, i, 0], out[1, i, 0] = np.float32(0) if flat else unit / width, scale
-        out[2, i, 0] = -least / math.ldexp(scale, -exponent[i, 0])
+        out[0, i, 0], out[1, i, 0], out[2, i, 0] = inv, scale, zero
     return True
 
 

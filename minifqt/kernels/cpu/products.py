@@ -103,7 +103,7 @@ class Correlation:
         """The result with its rows unmixed, and Σ g, Σ g · x̂ of it gated, in parts: (2, …, C)."""
         N, P, Q, K = self.shape
         rows, y = np.arange(N), empty(self.shape)
-        mix = (self.mix.plan() if self.mix is not None else
+        mix = (self.mix.plan if self.mix is not None else
                (np.arange(N + 1), np.ones(N), np.ones(N), np.zeros(N), rows, np.ones(N)))
         largest = int(np.diff(mix[0]).max())              # rows of a group, side by side in cache
         strip = self._strip(2 * STRIP // (4 * largest * Q * K))
