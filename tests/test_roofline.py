@@ -143,8 +143,8 @@ def test_a_kernel_that_is_begun_ends_at_once_under_the_instruments(prepare, roof
 
 @compiles
 def test_reflections_are_counted_by_what_they_do(roofline):
-    x, calls = np.random.default_rng(0).standard_normal((16, 50), "float32"), roofline.Calls()
-    x[2] *= 10
+    x, calls = np.random.default_rng(0).standard_normal((64, 50), "float32"), roofline.Calls()
+    x[2] *= 2
     with roofline.watched(calls):
         t = quantizers.create("bhq", 5)(x, Streams(0).stream("x"))
         t.mix.undo(x)
@@ -154,9 +154,9 @@ def test_reflections_are_counted_by_what_they_do(roofline):
              if "reflect" in key[0]}
     expect = roofline.Work("", read=x.nbytes, doubles=round(count), floats=2 * x.size)
     assert found == {
-        ("reflect_and_round", "16·50 → codes"): expect._replace(
-            written=x.size, noise=x.size, floats=(2 + 7) * x.size),
-        ("reflect", "16·50"): expect._replace(written=x.nbytes)}
+        ("reflect_and_round", "64·50 → codes"): expect._replace(
+            written=x.size, noise=x.size, floats=(2 + 9) * x.size),
+        ("reflect", "64·50"): expect._replace(written=x.nbytes)}
 
 
 def test_without_pytorch_the_scaling_benchmark_says_what_it_left_out(tmp_path):
