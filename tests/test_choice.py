@@ -1,16 +1,24 @@
-"""The CPU's instructions: chosen by name, said in one line, and never needed."""
+"""The CPU's instructions: chosen by name, never needed; compiled anew when their source changes."""
+import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tiny
 
 import minifqt
 import models
+from minifqt import rng
+from minifqt.kernels import reference
 from minifqt.kernels.cpu import choice
 
 ROOT = Path(__file__).parents[1]
+KERNELS = sorted(path.stem for path in (ROOT / "minifqt/kernels/cpu").glob("[a-z]*.py"))
+FROM_TILES = {"codes", "floats", "mixing", "norms", "products", "sums", "tiles", "wgrad"}
+FROM_NOISE = FROM_TILES - {"tiles"} | {"noise"}
 
 
 @pytest.mark.parametrize("name", ["avx512", "", "AVX2"])
@@ -94,3 +102,65 @@ def test_without_numba_everything_works_and_says_what_to_install(set_instruction
     set_instructions("numpy")
     expected = str(two_steps(False))
     assert plain == fused == expected
+
+
+def stamps():
+    """The stamp of each file of kernels/cpu, by its name."""
+    choice.source_stamp.cache_clear()
+    try:
+        return {name: choice.source_stamp(import_module(f"minifqt.kernels.cpu.{name}").__name__)
+                for name in KERNELS}
+    finally:
+        choice.source_stamp.cache_clear()
+
+
+@pytest.mark.parametrize(("edited", "stale"), [
+    ("choice", set(KERNELS) - {"tiles"}), ("tiles", FROM_TILES), ("noise", FROM_NOISE),
+    ("wgrad", {"products", "wgrad"}), ("plans", {"plans", "products"}), ("products", {"products"})])
+def test_an_edit_makes_stale_what_imports_the_file_and_nothing_else(edited, stale, monkeypatch):
+    pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
+    before, read = stamps(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes",
+                        lambda path: read(path) + b"#" * (path.stem == edited))
+    after = stamps()
+    assert {name for name in KERNELS if after[name] != before[name]} == stale
+
+
+@pytest.mark.parametrize(("module", "name", "value", "stale"), [
+    (reference, "UNIT", 32768, {"plans", "products"}),
+    (rng, "INCREMENTS", rng.MULTIPLIERS, FROM_NOISE)])
+def test_another_number_from_elsewhere_makes_stale_what_is_compiled_with_it(
+        module, name, value, stale, monkeypatch):
+    pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
+    before = stamps()
+    monkeypatch.setattr(module, name, value)
+    after = stamps()
+    assert {name for name in KERNELS if after[name] != before[name]} == stale
+
+
+def test_every_compiled_function_is_kept_under_the_stamp_of_its_module():
+    numba = pytest.importorskip("numba", reason="compiled kernels: pip install numba")
+    for name in KERNELS:
+        module = import_module(f"minifqt.kernels.cpu.{name}")
+        for value in vars(module).values():
+            if isinstance(value, numba.core.dispatcher.Dispatcher):
+                assert value._cache._cache_file._source_stamp == choice.source_stamp(
+                    value.py_func.__module__)
+
+
+def test_what_source_stamp_does_not_follow_is_not_written():
+    """Compiled functions outside the folder; within it imports of another form, or of arrays."""
+    pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
+    for path in (ROOT / "minifqt").glob("**/*.py"):
+        inside = path.parent.name == "cpu"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    top = alias.name.partition(".")[0]
+                    assert top not in (("minifqt",) if inside else ("numba", "llvmlite")), path
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, path
+                assert inside or node.module.partition(".")[0] not in ("numba", "llvmlite"), path
+                for alias in node.names if inside and node.module.startswith("minifqt") else ():
+                    value = getattr(import_module(node.module), alias.name)
+                    assert callable(value) or isinstance(value, int | float | tuple | ModuleType)

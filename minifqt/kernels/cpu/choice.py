@@ -8,8 +8,12 @@
 All give the same integers. Float products of Identity operands take fused multiply-adds, the same
 bits by 8 and by 16; by numpy they are summed in another order. Next: tiles.py.
 """
-import hashlib
+import ast
+import sys
 from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from inspect import ismodule
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,17 +100,36 @@ def describe() -> str:
 
 
 def compiled(function):
-    """numba.njit without the GIL, machine code kept on disk until any file of this folder changes.
+    """numba.njit without the GIL, machine code kept on disk until what it is made of changes.
 
     numba alone looks at the function's own file, and would keep code that calls an older tile.
     """
     dispatcher = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     with suppress(AttributeError):                        # a numba that keeps it elsewhere
-        dispatcher._cache._cache_file._source_stamp = _stamp
+        dispatcher._cache._cache_file._source_stamp = source_stamp(function.__module__)
     return dispatcher
+
+
+@cache
+def source_stamp(module: str) -> str:
+    """Hash of all that machine code of this module is made of.
+
+    Its file, the files of this folder that it imports, directly or not, and the numbers that these
+    import from elsewhere in minifqt. Functions from elsewhere are never compiled.
+    """
+    parts = [Path(sys.modules[module].__file__).read_bytes()]
+    for node in ast.walk(ast.parse(parts[0])):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("minifqt."):
+            for alias in node.names:
+                value = getattr(sys.modules[node.module], alias.name)
+                if ismodule(value):
+                    parts.append(source_stamp(value.__name__).encode())
+                elif node.module.startswith(__package__):
+                    parts.append(source_stamp(node.module).encode())
+                elif not callable(value):
+                    parts.append(repr(value).encode())
+    return sha256(b"".join(parts)).hexdigest()
 
 
 _chosen = _fastest = supported()[0]
 _wide = numba is not None and llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-_stamp = hashlib.sha256(b"".join(
-    path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
