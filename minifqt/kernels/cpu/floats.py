@@ -54,7 +54,7 @@ def wgrad_parts(counter, canvases, places, rows, lanes, g, x, wide, offset, stri
         return
     (N, P, Q, _), C, R, none = g.shape, x.shape[3], taps[0], np.uint32(0)
     spots, (count, _, words, padded) = places[me], parts.shape
-    strip = spots.shape[0]
+    strip, zero = spots.shape[0], np.int64(0)
     tall = (strip - 1) * stride + R
     image = canvases[me, :tall * wide * C].reshape(tall, wide, C)
     line = wide * C * WORD
@@ -67,7 +67,7 @@ def wgrad_parts(counter, canvases, places, rows, lanes, g, x, wide, offset, stri
         for n in range(task * N // count, (task + 1) * N // count):
             for top in range(0, P, strip):
                 place(image, x[n], none, top * stride, offset)
-                place(spots, g[n], none, top, (0, 0))
+                place(spots, g[n], none, top, (zero, zero))
                 loops = ((1, 0, 0), (min(strip, P - top), stride * line, Q * padded * WORD),
                          (Q, stride * C * WORD, padded * WORD))
                 for r in range(R):

@@ -116,26 +116,29 @@ def normalized_ranges(ranges, mean, inv_std, weight, bias, floor, out):
 
 
 @compiled
-def pack(w, down, right, out, taps):
+def pack(w, turned, down, right, out, taps):
     """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group); taps (R, S, K).
 
+    turned  w lies as (C, R, S, K), its taps from last to first
     down, right  (R,), (S,) order of the packed taps;  taps  Σ over channels of each
     """
     (K, R, S, C), (_, _, words, lanes, group) = w.shape, out.shape
+    if turned:
+        K, C = C, K
     out[:], taps[:] = 0, 0
     for k in range(K):
         block, lane = k // lanes, k % lanes
         for r in range(R):
             for s in range(S):
                 total, word = 0, s * (words // S)
-                row = w[k, down[r], right[s]]
+                y, x = down[r], right[s]
                 for first in range(0, C, group):
                     for c in range(first, min(first + group, C)):
-                        code = row[c]
+                        code = w[c, R - 1 - y, S - 1 - x, k] if turned else w[k, y, x, c]
                         out[block, r, word, lane, c - first] = code
                         total += code
                     word += 1
-                taps[down[r], right[s], k] = total
+                taps[y, x, k] = total
 
 
 @compiled

@@ -73,7 +73,8 @@ class Correlation:
         isa = choice.isa() if exact else choice.floats()
         packed, taps = pack(w, isa, spread)
         self.shape, self.mix = (N, P, Q, K), a.mix
-        self._dtypes = (packed.dtype, "int32") if exact else ("uint32", "float32")
+        bits = {1: "uint8", 2: "int16", 4: "uint32"}[packed.itemsize]
+        self._dtypes = bits, "int32" if exact else "float32"
         dtype = "float64" if exact else "float32"         # of the epilogue
         scale_a, zero = (np.full(N, v.reshape(-1), dtype) for v in (a.scale, a.zero))
         scale_b, codes = scale.reshape(-1).astype(dtype), codes_of(a)
@@ -237,5 +238,7 @@ def pack(w, isa, spread=1):
     packed = np.empty((-(-K // lanes), R, words, lanes, isa.group), isa.dtype)
     taps = np.empty((R, S, K))
     orders = (np.argsort(np.arange(taps) % spread, kind="stable") for taps in (R, S))
-    plans.pack(w, *orders, packed, taps)
+    turned = not w.flags.c_contiguous                     # as by dgrad: one kind of array for all
+    lying = w.swapaxes(0, 3)[:, ::-1, ::-1] if turned else w
+    plans.pack(lying, turned, *orders, packed, taps)
     return packed, taps

@@ -29,7 +29,7 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
     sums, seen, mine = partials[me], seens[me], total[me].reshape(-1)
     images, tall, _, room, pitch = left.shape
     quads, padded, item = right.shape[2], right.shape[3], left.itemsize
-    group, width, line = WORD // item, len(lanes), pitch * left.itemsize
+    group, width, line, zero = WORD // item, len(lanes), pitch * left.itemsize, np.int64(0)
     strips, flat = (P + strip - 1) // strip, sums.reshape(-1)
     sums[:], seen[:] = 0, 0
     while True:
@@ -51,7 +51,7 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
                             turn16(left, a + c, stride * room, b + c * line, line)
             if g1.size:
                 add_codes(g[start + n, top:top + height], 128 ^ flip_g, g1[me, top:top + height])
-            place(spots, g[start + n], flip_g, top, (0, 0))
+            place(spots, g[start + n], flip_g, top, (zero, zero))
             for p in range(height):
                 for quad in range(quads):
                     a = spots[p].ctypes.data + quad * group * padded
