@@ -3,15 +3,14 @@
 `python tests/mutants.py [word]` runs those whose block contains the word. A mutant that survives,
 or whose text is not found exactly once, is an error, and so is a test that is red without it.
 """
-import os
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from shutil import copytree, ignore_patterns
+from tempfile import TemporaryDirectory
+from time import monotonic
 
 ROOT = Path(__file__).parents[1]
 WORKERS = 2
@@ -46,30 +45,28 @@ def apply(mutant: Mutant, text: str) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def pytest(folder: Path, tests: list[str], seconds: int = 300,
-           **environment: str) -> subprocess.CompletedProcess:
+def pytest(folder: Path, tests: list[str], seconds: int) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds,
-                          env=os.environ | environment)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds)
 
 
-def outcome(mutant: Mutant, folder: Path) -> str:
-    """Empty when the test turned red, else what went wrong."""
-    path = folder / mutant.file
-    before = path.read_text()
-    try:
-        path.write_text(apply(mutant, before))
-        with tempfile.TemporaryDirectory() as cache:
-            # a mutant's machine code in a cache of its own: the copy's stays good
-            fresh = {"NUMBA_CACHE_DIR": cache} if "/cpu/" in mutant.file else {}
-            done = pytest(folder, [mutant.test], **fresh)
-    except (ValueError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    finally:
-        path.write_text(before)
-    if done.returncode == 1:
-        return ""
-    return f"SURVIVED (pytest exit {done.returncode}): {mutant}\n{done.stdout[-500:]}"
+def outcome(mutant: Mutant, healthy: Path) -> tuple[str, float]:
+    """Empty when the test turned red, else what went wrong; and the seconds that it took.
+
+    The healthy copy's machine code comes along: what does not depend on the file is compiled no
+    more, and what does is told apart by its stamp (choice.source_stamp).
+    """
+    begun = monotonic()
+    with TemporaryDirectory() as scratch:
+        path = Path(copytree(healthy, scratch, dirs_exist_ok=True)) / mutant.file
+        try:
+            path.write_text(apply(mutant, path.read_text()))
+            done = pytest(Path(scratch), [mutant.test], 300)
+        except (ValueError, subprocess.TimeoutExpired) as error:
+            return str(error), monotonic() - begun
+    caught = done.returncode == 1
+    return ("" if caught else f"SURVIVED (pytest exit {done.returncode}): {mutant}\n"
+            f"{done.stdout[-500:]}"), monotonic() - begun
 
 
 def main() -> int:
@@ -80,30 +77,24 @@ def main() -> int:
     if not mutants:
         print("no mutant's block contains that word")
         return 1
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(WORKERS) as pool:
-        copies = SimpleQueue()
-        for i in range(WORKERS):
-            skipped = ignore_patterns(".*", "runs", "__pycache__")
-            copies.put(copytree(ROOT, Path(scratch) / str(i), ignore=skipped))
-        healthy = pytest(Path(scratch) / "0", sorted({m.test for m in mutants}), 1800)   # compiles
-        if healthy.returncode:
-            print(f"without any mutant these tests are not all green:\n{healthy.stdout[-2000:]}")
+    begun = monotonic()
+    with TemporaryDirectory() as scratch, ThreadPoolExecutor(WORKERS) as pool:
+        healthy = copytree(ROOT, Path(scratch) / "healthy", ignore=ignore_patterns(".*", "runs"))
+        done = pytest(healthy, sorted({m.test for m in mutants}), 1800)      # compiles
+        if done.returncode:
+            print(f"without any mutant these tests are not all green:\n{done.stdout[-2000:]}")
             return 1
-
-        def run(mutant):
-            folder = copies.get()
-            try:
-                return outcome(mutant, folder)
-            finally:
-                copies.put(folder)
-
+        print(f"{monotonic() - begun:6.1f} s  without any mutant")
         survived = 0
-        for mutant, why in zip(mutants, pool.map(run, mutants), strict=True):
-            print(f"{'ok      ' if not why else 'SURVIVED'} {mutant.file}: {mutant.old.strip()}")
+        outcomes = pool.map(lambda mutant: outcome(mutant, healthy), mutants)
+        for mutant, (why, seconds) in zip(mutants, outcomes, strict=True):
+            print(f"{seconds:6.1f} s  {'ok      ' if not why else 'SURVIVED'} {mutant.file}: "
+                  f"{mutant.old.strip()}", flush=True)
             survived += bool(why)
             if why:
                 print(why)
-    print(f"{len(mutants) - survived} mutants caught, {survived} survived")
+    print(f"{len(mutants) - survived} mutants caught, {survived} survived, "
+          f"in {monotonic() - begun:.0f} s")
     return int(survived > 0)
 
 
