@@ -116,39 +116,40 @@ def normalized_ranges(ranges, mean, inv_std, weight, bias, floor, out):
 
 
 @compiled
-def pack(w, turned, down, right, out, taps):
-    """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group); taps (R, S, K).
+def pack(w, down, right, out):
+    """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group), absent codes 0.
 
-    turned  w lies as (C, R, S, K), its taps from last to first
-    down, right  (R,), (S,) order of the packed taps;  taps  Σ over channels of each
+    down, right  (R,), (S,) order of the packed taps
     """
     (K, R, S, C), (_, _, words, lanes, group) = w.shape, out.shape
-    if turned:
-        K, C = C, K
-    out[:], taps[:] = 0, 0
-    for k in range(K):
-        block, lane = k // lanes, k % lanes
+    if K % lanes or C % group:
+        out[:] = 0
+    for first in range(0, K, lanes):
+        width = min(lanes, K - first)
         for r in range(R):
             for s in range(S):
-                total, word = 0, s * (words // S)
-                y, x = down[r], right[s]
-                for first in range(0, C, group):
-                    for c in range(first, min(first + group, C)):
-                        code = w[c, R - 1 - y, S - 1 - x, k] if turned else w[k, y, x, c]
-                        out[block, r, word, lane, c - first] = code
-                        total += code
-                    word += 1
-                taps[y, x, k] = total
+                tap = w[first:first + width, down[r], right[s]]
+                place = out[first // lanes, r, s * (words // S):]
+                for i in range(group):                    # short strides innermost
+                    for word in range((C - i + group - 1) // group):
+                        for lane in range(width):
+                            place[word, lane, i] = tap[lane, word * group + i]
 
 
 @compiled
-def sums_of_present_taps(taps, size, offset, spread, stride, out):
-    """out (P, Q, K) = Σ of the taps (R, S, K) that meet a pixel; pixel p at offset + spread · p.
+def sums_of_present_taps(w, size, offset, spread, stride, out):
+    """out (P, Q, K) = Σ of the taps of w (K, R, S, C) that meet a pixel, offset + spread · p.
 
     size  of the image whose pixels they are
     """
-    (R, S, K), (P, Q, _) = taps.shape, out.shape
-    rows = np.empty((S, K))
+    (K, R, S, C), (P, Q, _) = w.shape, out.shape
+    taps, rows = np.zeros((R, S, K)), np.empty((S, K))
+    for r in range(R):
+        for s in range(S):
+            tap = taps[r, s]
+            for c in range(C):
+                for k in range(K):
+                    tap[k] += w[k, r, s, c]
     for p in range(P):
         rows[:] = 0
         for r in range(R):
@@ -168,29 +169,40 @@ def sums_of_present_taps(taps, size, offset, spread, stride, out):
 
 
 @compiled
-def finish_wgrad(total, x1, g1, n, moved_g, moved_x, zero_g, zero_x, scale, out):
-    """out (K, R, S, C) = reference.epilogue of the threads' integer sums.
+def finish_wgrad(total, x1, g1, tasks, N, flip_g, flip_x, present, ends, out):
+    """out (K, R, S, C) = reference.epilogue of the integer sums of those threads that had tasks.
 
-    total  (threads, R, S, …, …) Σ g·x, x1 (threads, R, S, C) Σ x, g1 (K, R, S) Σ g over the pixels
-           that meet a tap, n (R, S) their number; of codes that were moved down by moved_g, moved_x
+    total .. g1  as in wgrad.wgrad_images, of codes moved by the flips; tasks (threads,)
+    present      the first pixel that meets a tap, and the last + 1, of N images: (R, 2), (S, 2)
+    ends         zeros of g and x, scales of g and x, float64, one or one a channel
     """
-    K, R, S, C = out.shape
-    both, row = np.empty(K, np.int64), np.empty(K, np.float32)
+    (K, R, S, C), moved_g, moved_x = out.shape, np.int64(flip_g), -np.int64(flip_x)
+    zero_g, zero_x, scale_g, scale_x = np.empty(K), np.empty(C), np.empty(K), np.empty(C)
+    zero_g[:], zero_x[:], scale_g[:], scale_x[:] = ends
+    both, gs, row = np.empty(K, np.int64), np.empty(K, np.int64), np.empty(K, np.float32)
     for r in range(R):
         for s in range(S):
-            pixels, gs = n[r, s], g1[:, r, s]
+            (top, bottom), (left, right) = present[0][r], present[1][s]
+            pixels = N * (bottom - top) * (right - left)
+            gs[:] = -128 * pixels if len(g1) else 0
+            for t in range(len(g1)):
+                for p in range(top, bottom if tasks[t] else top):
+                    for q in range(left, right):
+                        for k in range(K):
+                            gs[k] += g1[t, p, q, k]
             for c in range(C):
                 xs, both[:] = np.int64(0), 0
                 for t in range(len(total)):
-                    xs += x1[t, r, s, c]
-                    part = total[t, r, s, c]
-                    for k in range(K):
-                        both[k] += part[k]
+                    if tasks[t]:
+                        xs += x1[t, r, s, c]
+                        part = total[t, r, s, c]
+                        for k in range(K):
+                            both[k] += part[k]
                 centred = moved_g * xs + moved_g * moved_x * pixels
-                b1, zero = np.float64(xs + moved_x * pixels), zero_x[c]
+                b1, zero, scale = np.float64(xs + moved_x * pixels), zero_x[c], scale_x[c]
                 for k in range(K):
                     y = np.float64(both[k] + (centred + moved_x * gs[k])) - zero_g[k] * b1
                     y = y - zero * np.float64(gs[k] + moved_g * pixels)
-                    row[k] = (y + (zero_g[k] * zero) * np.float64(pixels)) * scale[k, c]
+                    row[k] = (y + (zero_g[k] * zero) * np.float64(pixels)) * (scale_g[k] * scale)
                 for k in range(K):
                     out[k, r, s, c] = row[k]

@@ -3,7 +3,7 @@
 Here operands are packed, scratch is cut and zeros and scales are prepared; the sums are in sums.py.
 What int32 could not hold, weights with a zero and a linear layer's floats go to blas.py.
 """
-from itertools import product
+from functools import cache
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class Correlation:
     def __init__(self, a, w, scale, offset, spread, out, stride):
         (K, R, S, C), (P, Q), N, exact = w.shape, out, len(a.codes), a.is_integer
         isa = choice.isa() if exact else choice.floats()
-        packed, taps = pack(w, isa, spread)
+        packed = pack(w, isa, spread)
         self.shape, self.mix = (N, P, Q, K), a.mix
         bits = {1: "uint8", 2: "int16", 4: "uint32"}[packed.itemsize]
         self._dtypes = bits, "int32" if exact else "float32"
@@ -84,8 +84,8 @@ class Correlation:
         self.strip = self._strip(STRIP // (stride * Q * stride * C))
         self._taps, b1 = (R, S), np.empty((P, 0), dtype)
         if flip or zero.any():
-            b1 = np.empty((P, Q, K))
-            plans.sums_of_present_taps(taps, a.shape[1:3], offset, spread, stride, b1)
+            b1 = empty((P, Q, K), "float64")
+            plans.sums_of_present_taps(w, a.shape[1:3], offset, spread, stride, b1)
         self._image = codes, flip, offset, spread, (R, S), packed, stride
         self._scales = zero, b1.reshape(P, -1), scale_a, scale_b
 
@@ -103,13 +103,11 @@ class Correlation:
     def form_gated(self, x, norm, floor):
         """The result with its rows unmixed, and Σ g, Σ g · x̂ of it gated, in parts: (2, …, C)."""
         N, P, Q, K = self.shape
-        rows, y = np.arange(N), empty(self.shape)
-        mix = (self.mix.plan if self.mix is not None else
-               (np.arange(N + 1), np.ones(N), np.ones(N), np.zeros(N), rows, np.ones(N)))
-        largest = int(np.diff(mix[0]).max())              # rows of a group, side by side in cache
+        y, mix = empty(self.shape), alone(N) if self.mix is None else self.mix.plan
+        largest = int((mix[0][1:] - mix[0][:-1]).max())   # rows of a group, side by side in cache
         strip = self._strip(2 * STRIP // (4 * largest * Q * K))
         mixes = empty((threads(), largest, strip * Q * K))
-        totals = empty((threads(), 4 * run_of(K)), "float64")
+        totals = empty((threads(), 4 * run_of.py_func(K)), "float64")
         sums = np.empty((2, (len(mix[0]) - 1) * -(-P // strip), K))
         share(correlate_gated, *self._scratch(strip), mixes, totals, *self._shape, *self._image,
               strip, *self._scales, *mix, x, norm, floor, y, sums)
@@ -131,6 +129,13 @@ class Correlation:
                 empty((threads(), wide * blocks * lanes), sums))
 
 
+@cache
+def alone(N):
+    """The plan (Householder.plan) of N rows that are not mixed."""
+    rows, ones = np.arange(N), np.ones(N)
+    return np.arange(N + 1), ones, ones, np.zeros(N), rows, ones
+
+
 def conv_wgrad(g, x, kernel, stride, padding):
     """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q."""
     return begin_wgrad(g, x, kernel, stride, padding)()
@@ -140,53 +145,42 @@ def begin_wgrad(g, x, kernel, stride, padding):
     """conv_wgrad, begun by the other threads while this one goes on; call what it returns."""
     if not g.is_integer:
         return floats.begin_wgrad(codes_of(g), codes_of(x), kernel, stride, padding)
-    isa, (_, P, Q, K), C, (R, S) = choice.isa(), g.shape, x.shape[3], kernel
-    flip_g, flip_x = flips_of(g, x)
+    isa, (_, _, Q, K), C, (flip_g, flip_x) = choice.isa(), g.shape, x.shape[3], flips_of(g, x)
     if Q > TERMS:
         return lambda: blas.conv_wgrad(g, x, kernel, stride, padding)
-    strip = max(1, min(P, STRIP // (Q * max(C, K)), TERMS // Q))
-    scratch = wgrad_scratch(isa, (P, Q, K), C, kernel, stride, strip)
-    total = np.zeros((threads(), *scratch[4].shape[1:]), np.int64)
-    x1 = np.zeros((threads(), R, S, C), np.int64)
+    sizes, present = wgrad_plan(isa.group, g.shape, x.shape, kernel, stride, padding)
     needs_g1 = bool(flip_x or x.zero.any())
-    g1 = np.zeros((threads() * needs_g1, P, Q, K), np.int64)
-    end = begin(wgrad_images, *scratch, ROWS, (0,) * isa.lanes, codes_of(g), flip_g, codes_of(x),
-                flip_x, (padding, padding), stride, kernel, strip, total, x1, g1)
-    return lambda: finish(end, g, x, stride, padding, total, x1, g1)
+    totals = [empty((threads(), *shape), "int64") for shape in
+              ((*kernel, *(-(-count // 16) * 16 for count in (C, K))), (*kernel, C))]
+    g1 = np.zeros((threads() * needs_g1, *g.shape[1:]), np.int64)
+    ends = tuple(v.reshape(-1).astype("float64") for v in (g.zero, x.zero, g.scale, x.scale))
+    dw = empty((K, *kernel, C))
+    end = begin(wgrad_images, np.empty(0, isa.dtype), ROWS, (0,) * isa.lanes, codes_of(g), flip_g,
+                codes_of(x), flip_x, (padding, padding), stride, kernel, sizes, *totals, g1,
+                np.zeros(threads() + 1, np.int64), present, ends, dw)
+
+    def finish():
+        end()
+        return dw
+
+    return finish
 
 
-def finish(end, g, x, stride, padding, total, x1, g1):
-    """The epilogue of wgrad's sums, when they are there."""
-    end()
-    (N, P, Q, K), (_, H, W, C), (_, R, S, _) = g.shape, x.shape, x1.shape
-    present = [[blas.inside(length, side, tap - padding, stride) for tap in range(taps)]
-               for length, side, taps in ((P, H, R), (Q, W, S))]
-    n, a1 = np.empty((R, S), np.int64), np.zeros((K, R, S), np.int64)
-    for (r, (top, bottom)), (s, (left, right)) in product(*map(enumerate, present)):
-        n[r, s] = N * (bottom - top) * (right - left)
-        if g1.size:                                       # moved to the signed side
-            a1[:, r, s] = g1[:, top:bottom, left:right].sum(axis=(0, 1, 2)) - 128 * n[r, s]
-    (flip_g, flip_x), ends = flips_of(g, x), ((g, K), (x, C))
-    zero_g, zero_x = (np.full(count, t.zero.reshape(-1), "float64") for t, count in ends)
-    scale = np.full((K, C), g.scale.reshape(-1, 1).astype("float64") * x.scale.reshape(-1))
-    dw = np.empty((K, R, S, C), np.float32)
-    plans.finish_wgrad(total, x1, a1, n, int(flip_g), -int(flip_x), zero_g, zero_x, scale, dw)
-    return dw
+@cache
+def wgrad_plan(group, out, image, kernel, stride, padding):
+    """What follows from shapes alone: (images, strip, quads, pitch), and where taps meet pixels.
 
-
-def wgrad_scratch(isa, out, C, kernel, stride, strip):
-    """What a thread of wgrad_images needs for so many images that they fit a cache."""
-    (_, Q, K), (R, S), T = out, kernel, threads()
-    padded, room = (-(-count // 16) * 16 for count in (K, C))
+    so many images fit a cache, `strip` rows of each, in words of `group` pixels
+    """
+    (_, P, Q, K), (_, H, W, C), (R, S) = out, image, kernel
+    strip = max(1, min(P, STRIP // (Q * max(C, K)), TERMS // Q))
     images = max(1, min(IMAGES, TERMS // (strip * Q), STRIP // (strip * Q * max(C, K))))
-    quads = -(-Q // isa.group)
-    pitch = -(-(quads * isa.group + (S - 1) // stride) // 16) * 16
-    tall, wide = (strip - 1) * stride + R, pitch * stride
-    return (empty((T, tall, wide, room), "uint8"),
-            empty((T, strip, quads * isa.group, padded), "uint8"),
-            empty((T, images, tall, stride, room, pitch), isa.dtype),
-            empty((T, images, strip, quads, padded), "uint32"),
-            empty((T, R, S, room, padded), "int32"), empty((T, tall, wide, room), "uint16"))
+    quads = -(-Q // group)
+    pitch = -(-(quads * group + (S - 1) // stride) // 16) * 16
+    present = tuple(np.array([blas.inside(length, side, tap - padding, stride)
+                              for tap in range(taps)])
+                    for length, side, taps in ((P, H, R), (Q, W, S)))
+    return (images, strip, quads, pitch), present
 
 
 def matmul(a, b):
@@ -198,7 +192,7 @@ def matmul(a, b):
     left = np.zeros((-(-M // 8) * 8, -(-K // isa.group), isa.group), isa.dtype)
     left.reshape(len(left), -1)[:M, :K] = codes_of(a) ^ flip_a
     signed = (codes_of(b) ^ flip_b).view(np.int8)
-    right = pack(signed.reshape(J, 1, 1, K), isa)[0][:, 0]      # (blocks, words, lanes, group)
+    right = pack(signed.reshape(J, 1, 1, K), isa)[:, 0]         # (blocks, words, lanes, group)
     out = np.empty((len(left), len(right) * isa.lanes), np.int32)
     share(gemm_rows, ROWS, (0,) * isa.lanes, left, right, out)
     a1 = (codes_of(a) ^ flip_a).sum(axis=1, dtype="float64")[:, None]
@@ -229,16 +223,18 @@ def dequantized(t):
 
 
 def pack(w, isa, spread=1):
-    """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group), Σ of taps (R, S, K).
+    """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group).
 
     Packed by the taps' remainders: those that meet the same pixels stand side by side.
     """
     (K, R, S, C), lanes = w.shape, isa.lanes
     words = -(-C // isa.group) * S
-    packed = np.empty((-(-K // lanes), R, words, lanes, isa.group), isa.dtype)
-    taps = np.empty((R, S, K))
-    orders = (np.argsort(np.arange(taps) % spread, kind="stable") for taps in (R, S))
-    turned = not w.flags.c_contiguous                     # as by dgrad: one kind of array for all
-    lying = w.swapaxes(0, 3)[:, ::-1, ::-1] if turned else w
-    plans.pack(lying, turned, *orders, packed, taps)
-    return packed, taps
+    packed = empty((-(-K // lanes), R, words, lanes, isa.group), isa.dtype)
+    plans.pack(w, by_remainder(R, spread), by_remainder(S, spread), packed)
+    return packed
+
+
+@cache
+def by_remainder(taps, spread):
+    """The order of so many taps by remainders, each remainder's in their order."""
+    return np.argsort(np.arange(taps) % spread, kind="stable")

@@ -6,36 +6,44 @@ g as words of a few pixels. Of floats: floats.py. Who calls, and with what: prod
 import numpy as np
 
 from minifqt.kernels.cpu.choice import WORD, compiled
+from minifqt.kernels.cpu.plans import finish_wgrad
 from minifqt.kernels.cpu.sums import place
 from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import tile, turn16, words16
 
 
 @compiled
-def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows, lanes, g, flip_g,
-                 x, flip_x, offset, stride, taps, strip, total, x1, g1):
-    """Adds Σ g·x over images and pixels to a thread's total, Σ x to its x1, Σ g to its g1.
+def wgrad_images(counter, kind, rows, lanes, g, flip_g, x, flip_x, offset, stride, taps, sizes,
+                 total, x1, g1, done, present, ends, dw):
+    """dw (K, R, S, C): Σ g·x, Σ x and Σ g over images and pixels, in parts, then their epilogue.
 
     g (N, P, Q, K), x (N, H, W, C), moved to the signed and to the unsigned side by their flips
-    canvases .. seens  scratch of each thread, shapes in `wgrad_scratch`
-    total  (threads, R, S, C', K'), x1 (threads, R, S, C), int64; C', K' are multiples of 16
-    g1     (threads, P, Q, K) int64, Σ over images of g moved to 0..255; empty if not needed
+    kind   whose dtype is that of packed x;  sizes, present  as in `wgrad_plan`
+    total  (threads, R, S, C', K') Σ g·x, x1 (threads, R, S, C) Σ x, not yet set; C', K' are
+           multiples of 16;  g1 (threads, P, Q, K) Σ of g moved to 0..255, empty if not needed
+    done   (1 + threads,) tasks that are done: in all, by each thread
     """
     me = seat(counter)
     if me < 0:
         return
-    (N, P, Q, _), (R, S) = g.shape, taps
-    image, spots, left, right = canvases[me], places[me], lefts[me], rights[me]
-    sums, seen, mine = partials[me], seens[me], total[me].reshape(-1)
-    images, tall, _, room, pitch = left.shape
-    quads, padded, item = right.shape[2], right.shape[3], left.itemsize
-    group, width, line, zero = WORD // item, len(lanes), pitch * left.itemsize, np.int64(0)
-    strips, flat = (P + strip - 1) // strip, sums.reshape(-1)
-    sums[:], seen[:] = 0, 0
+    (N, P, Q, _), (R, S), (images, strip, quads, pitch) = g.shape, taps, sizes
+    (room, padded), tall, wide = total.shape[3:], (strip - 1) * stride + R, pitch * stride
+    size, group, width = kind.itemsize, WORD // kind.itemsize, len(lanes)
+    line, strips = pitch * size, (P + strip - 1) // strip
+    tasks, mine = (N + images - 1) // images * strips, total[me].reshape(-1)
+    image = np.empty((tall, wide, room), np.uint8)
+    spots = np.empty((strip, quads * group, padded), np.uint8)
+    left = np.empty((images, tall, stride, room, pitch), kind.dtype)
+    right = np.empty((images, strip, quads, padded), np.uint32)
+    sums, seen = np.empty(total.shape[1:], np.int32), np.empty(image.shape, np.uint16)
+    flat, zero = sums.reshape(-1), np.int64(0)
     while True:
         task = take(counter)
-        if task >= (N + images - 1) // images * strips:
+        if task >= tasks:
             break
+        if done[1 + me] == 0:
+            mine[:], x1[me], g1[me:me + 1] = 0, 0, 0
+        sums[:], seen[:] = 0, 0
         start, top = task // strips * images, task % strips * strip
         height, count = min(strip, P - top), min(images, N - start)
         for n in range(count):
@@ -46,7 +54,7 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
                 for phase in range(stride):
                     for q in range(0, pitch, 16):
                         a = image.ctypes.data + (y * image.shape[1] + q * stride + phase) * room
-                        b = left[n, y, phase].ctypes.data + q * item
+                        b = left[n, y, phase].ctypes.data + q * size
                         for c in range(0, room, 16):
                             turn16(left, a + c, stride * room, b + c * line, line)
             if g1.size:
@@ -60,7 +68,7 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
                         words16(left, a + k, padded, b + k * WORD)
         for r in range(R):
             for s in range(S):                            # a tap moves x by the size of a code
-                a = left.ctypes.data + (r * stride + s % stride) * room * line + s // stride * item
+                a = left.ctypes.data + (r * stride + s % stride) * room * line + s // stride * size
                 for k in range(0, padded, width):
                     for c in range(0, x.shape[3], len(rows)):
                         tile(rows, lanes, left, a + c * line, line, right.ctypes.data + k * WORD,
@@ -71,7 +79,9 @@ def wgrad_images(counter, canvases, places, lefts, rights, partials, seens, rows
         add_taps(seen, x1[me], stride, height, Q)
         for i in range(len(flat)):                        # int32 holds the sums of one task
             mine[i] += flat[i]
-        sums[:], seen[:] = 0, 0
+        done[1 + me] += 1
+        if take(done) == tasks - 1:                       # nobody else is at work any more
+            finish_wgrad(total, x1, g1, done[1:], N, flip_g, flip_x, present, ends, dw)
     leave(counter)
 
 
