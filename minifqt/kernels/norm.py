@@ -4,6 +4,8 @@ Sums are float64, image by image in an order cut by shape, and rounded once: the
 of threads. Each function shows the plain formula for arrays on a GPU; on a CPU it is compiled, or
 runs in blocks that fit a cache, with the same float operations in the same order.
 """
+from functools import cached_property
+
 import numpy as np
 
 from minifqt.backend import Array, array_module, empty, map_blocks
@@ -31,7 +33,11 @@ def statistics(x: Array) -> tuple[Array, Array]:
     own rounding has lost, where their mean is many standard deviations.
     """
     count = x.size // x.shape[-1]
-    s1, s2 = summary(x).sums.sum(axis=1) if suits(x) else sums(x)
+    if suits(x):
+        mean, var = np.empty((2, x.shape[-1]), np.float32)
+        plans.moments(summary(x).sums, count, mean, var)
+        return mean, var
+    s1, s2 = sums(x)
     return ((s1 / count).astype(x.dtype),
             array_module(x).maximum(s2 / count - (s1 / count) ** 2, 0).astype(x.dtype))
 
@@ -144,7 +150,11 @@ class Normalized(Lazy):
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""
-        return images(self.x), runs(*self.vectors), self.floor
+        return images(self.x), self._runs, self.floor
+
+    @cached_property
+    def _runs(self):
+        return runs(*self.vectors)
 
     @property
     def summary(self) -> Summary:
@@ -164,11 +174,10 @@ class Normalized(Lazy):
         else:
             sums = np.empty((2, len(dy), C))
             share(norms.gradient_sums, images(dy), x, vectors, floor, C, sums)
-        dbias, dweight = sums.sum(axis=1)
-        slopes = [v.astype("float32") for v in (dbias / count, dweight / count)]
-        dx = NormGradient(dy, formed, x, vectors, floor,
-                          runs(*slopes, self.vectors[2] * self.vectors[1]))
-        return dx, dweight.astype("float32"), dbias.astype("float32")
+        (_, inv_std, weight, _), slopes = self.vectors, np.empty((3, vectors.shape[1]), np.float32)
+        dbias, dweight = totals = np.empty((2, C), np.float32)
+        plans.slopes(sums, count, inv_std, weight, totals, slopes)
+        return NormGradient(dy, formed, x, vectors, floor, slopes), dweight, dbias
 
 
 class NormGradient(Lazy):
