@@ -4,6 +4,8 @@ It refuses to be fast. Integer products are int64, the four sums of a product wi
 out, and each quantizer is a few lines. The fast versions: blas.py (products), rounding.py
 (quantizers).
 """
+from functools import cache
+
 import numpy as np
 
 from minifqt.backend import array_module
@@ -109,6 +111,7 @@ def taps(x, r, s, P, Q, stride):
     return x[:, r:r + stride * (P - 1) + 1:stride, s:s + stride * (Q - 1) + 1:stride]
 
 
+@cache
 def output_size(size, kernel, stride, padding, name="image"):
     """(P, Q) of a convolution; ValueError where the kernel does not fit into the padded image."""
     if stride < 1 or padding < 0:

@@ -234,3 +234,11 @@ def slopes(sums, count, inv_std, weight, totals, runs):
         gain = weight[c] * inv_std[c]
         for i in range(c, runs.shape[1], C):
             runs[0, i], runs[1, i], runs[2, i] = s1 / count, s2 / count, gain
+
+
+@compiled
+def momentum_step(w, grad, v, momentum, decay, lr, new_v, new_w):
+    """v ← momentum · v + grad + decay · w; w ← w − lr · v.  Flat arrays, numbers float32."""
+    for i in range(len(w)):
+        new_v[i] = momentum * v[i] + grad[i] + decay * w[i]
+        new_w[i] = w[i] - lr * new_v[i]

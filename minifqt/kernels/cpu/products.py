@@ -76,7 +76,8 @@ class Correlation:
         bits = {1: "uint8", 2: "int16", 4: "uint32"}[packed.itemsize]
         self._dtypes = bits, "int32" if exact else "float32"
         dtype = "float64" if exact else "float32"         # of the epilogue
-        scale_a, zero = (np.full(N, v.reshape(-1), dtype) for v in (a.scale, a.zero))
+        scale_a, zero = np.empty((2, N), dtype)           # an image's
+        scale_a[:], zero[:] = a.scale.reshape(-1), a.zero.reshape(-1)
         scale_b, codes = scale.reshape(-1).astype(dtype), codes_of(a)
         flip = codes.dtype.type(128 if a.codes.dtype == np.int8 else 0)
         self._shape, self._packed = (ROWS, (0,) * isa.lanes), packed
@@ -93,10 +94,10 @@ class Correlation:
         """The result, plus a residual (N, P, Q, K) float32 if there is one, summarized."""
         N, P, Q, K = self.shape
         residual = NOTHING if residual is None else residual.reshape(N, P, Q * K)
-        y = empty((N, P, Q, K)).view(Seen)
-        sums, ranges = np.empty((2, N, K)), np.empty((2, N, K), np.float32)
+        y, sums, ranges = empty(self.shape), np.empty((2, N, K)), np.empty((2, N, K), np.float32)
         share(correlate_images, *self._scratch(self.strip), *self._shape, *self._image, self.strip,
               *self._scales, residual, y, sums, ranges)
+        y = y.view(Seen)
         y.summary = Summary(ranges, sums)
         return y
 
