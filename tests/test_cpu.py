@@ -396,6 +396,22 @@ def test_compiled_grids_are_those_of_numpy_and_leave_rows_to_be_rescaled(bins, s
 # ---- norms and row mixing ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("C", [2, 3, 64])
+def test_small_vectors_of_batch_norm_are_those_of_numpy(C):
+    rng, count = np.random.default_rng(C), 350
+    sums = rng.standard_normal((2, 7, C))                 # of some channels the variance is < 0
+    mean, var = np.empty((2, C), np.float32)
+    plans.moments(sums, count, mean, var)
+    s1, s2 = sums.sum(axis=1) / count
+    assert_same_bits([mean, var], [s1.astype("float32"),
+                                   np.maximum(s2 - s1**2, 0).astype("float32")])
+    inv_std, weight = rng.standard_normal((2, C), dtype="float32")
+    totals, runs = np.empty((2, C), np.float32), np.empty((3, 5 * C), np.float32)
+    plans.slopes(sums, count, inv_std, weight, totals, runs)
+    rows = np.stack([s1.astype("float32"), s2.astype("float32"), weight * inv_std])
+    assert_same_bits([totals, runs], [sums.sum(axis=1).astype("float32"), np.tile(rows, 5)])
+
+
 @pytest.mark.parametrize("floor", [-np.inf, 0, 0.5])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (3, 5, 6, 1), (5, 7, 3, 3), (40, 4, 4, 130)])
 def test_the_range_of_a_batch_norm_is_that_of_its_numbers(shape, floor):

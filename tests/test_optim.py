@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from operands import assert_same_bits
 
 from minifqt import SGD, layers, optim
 from minifqt.layers import Param
@@ -59,6 +60,15 @@ def test_sgd_keeps_float32_and_writes_to_no_array_that_it_was_given():
     assert params["w"].data.dtype == sgd.velocity["w"].dtype == np.float32
     assert (data == before[0]).all()
     assert (grad == before[1]).all()
+
+
+def test_a_compiled_step_is_the_plain_one_bit_for_bit(set_instructions):
+    rng, found = np.random.default_rng(0), []
+    w, grad, v = (rng.standard_normal((3, 5, 7), dtype="float32") for _ in range(3))
+    for name in ("auto", "numpy"):
+        set_instructions(name)
+        found.append(optim.moved(w, grad, v, momentum=0.9, decay=1e-4, lr=0.1))
+    assert_same_bits(*found)
 
 
 def test_a_missing_gradient_raises_and_names_the_parameter():
