@@ -4,6 +4,7 @@ Compiled, the noise is made where it is used. On a GPU the reference, which is p
 whole arrays, no sync.
 """
 from contextlib import contextmanager
+from functools import cache
 from threading import local
 
 import numpy as np
@@ -16,7 +17,7 @@ from minifqt.kernels.seen import Seen, Summary, suits
 from minifqt.rng import Stream
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import codes
+    from minifqt.kernels.cpu import codes, plans
     from minifqt.kernels.cpu.team import run_for, share
 
 _BLOCK = 1 << 18                                          # float32s of a block of rows
@@ -66,34 +67,55 @@ def rounding_of(x: np.ndarray) -> tuple:
     return job
 
 
-def known_ranges(x: Array, rows: int) -> tuple[Array, Array] | None:
-    """Minimum and maximum of x as so many rows, (rows, 1) each, if they were found before."""
+def known_parts(x: Array, rows: int) -> Array | None:
+    """Minima and maxima of x as so many rows, (2, rows, parts), if they were found before."""
     if isinstance(x, Seen) and x.summary is None and x.size and not suits(x):
-        ranges = np.stack(row_ranges(x.reshape(len(x), -1)))          # for all who ask
-        x.summary = Summary(ranges, None)
+        x.summary = Summary(row_parts(x.reshape(len(x), -1)), None)   # for all who ask
     known = getattr(x, "summary", None)
     if known is None or rows not in (1, len(x)):
         return None
-    low, high = known.ranges.reshape(2, rows, -1)         # each of a row's parts
-    return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
+    return known.ranges.reshape(2, rows, -1)
 
 
-def row_ranges(x: Array) -> tuple[Array, Array]:
-    """Minimum and maximum of each row of x (N, D), each (N, 1); NaN where a row holds one."""
-    if array_module(x) is not np:
-        return x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+def row_parts(x: Array) -> Array:
+    """Minima and maxima of parts of each row of x (N, D), (2, N, parts); NaN where one holds it."""
+    xp = array_module(x)
+    if xp is not np:
+        return xp.stack([x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)])
     if suits(x):
-        parts = max(1, 64 // len(x))                      # of a row, for the threads to share
-        low, high = np.empty((2, len(x), parts), x.dtype)
-        run_for(x)(codes.row_ranges, np.ascontiguousarray(x), low, high)
-        return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
+        parts = np.empty((2, len(x), max(1, 64 // len(x))), np.float32)   # for threads to share
+        run_for(x)(codes.row_ranges, np.ascontiguousarray(x), *parts)
+        return parts
 
     def block(at):
         return x[at].min(axis=1, keepdims=True), x[at].max(axis=1, keepdims=True)
 
-    low, high = (np.concatenate(ends, axis=int(len(x) == 1))
-                 for ends in zip(*_in_blocks(block, x.shape), strict=True))
-    return low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)
+    return np.stack([np.concatenate(ends, axis=int(len(x) == 1))
+                     for ends in zip(*_in_blocks(block, x.shape), strict=True)])
+
+
+def joined(parts: Array) -> tuple[Array, Array | bool]:
+    """Minimum and maximum of each row, (2, N, 1), from those of its parts; whether all are finite.
+
+    A range that is not finite may be NaN.
+    """
+    if suits(parts[0]):
+        ranges = np.empty((2, parts.shape[1], 1), np.float32)
+        return ranges, plans.joined(parts, ranges)
+    xp, (low, high) = array_module(parts), parts
+    ranges = xp.stack([low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)])
+    return ranges, xp.isfinite(ranges).all()
+
+
+def known_ranges(x: Array, rows: int) -> tuple[Array, Array] | None:
+    """Minimum and maximum of x as so many rows, (rows, 1) each, if they were found before."""
+    parts = known_parts(x, rows)
+    return None if parts is None else tuple(joined(parts)[0])
+
+
+def row_ranges(x: Array) -> tuple[Array, Array]:
+    """Minimum and maximum of each row of x (N, D), each (N, 1); NaN where a row holds one."""
+    return tuple(joined(row_parts(x))[0])
 
 
 def affine_codes(x: Array, low: Array, inv: Array, stream: Stream, shape: tuple,
@@ -105,7 +127,7 @@ def affine_codes(x: Array, low: Array, inv: Array, stream: Stream, shape: tuple,
     if array_module(x) is not np:
         h = stream.bits(shape, array_module(x)).reshape(x.shape)
         return reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
-    return _codes(x, stream, shape, low, inv, np.zeros_like(low), (0, bins), np.uint8)
+    return _codes(x, stream, shape, low, inv, np.zeros(len(low)), (0, bins), np.uint8)
 
 
 def anchored_codes(x: Array, shift: Array, inv: Array, code: Array, stream: Stream, shape: tuple,
@@ -118,34 +140,38 @@ def anchored_codes(x: Array, shift: Array, inv: Array, code: Array, stream: Stre
         h = stream.bits(shape, array_module(x)).reshape(x.shape)
         return reference.anchored_codes(
             reference.anchored_fixed(x, shift, inv, code, *limits), h).astype(dtype)
-    return _codes(x, stream, shape, shift, inv, code, limits, dtype)
+    return _codes(x, stream, shape, shift, inv, UNIT * code, limits, dtype)
+
+
+@cache
+def _fixed(limits):
+    return tuple(np.float32(UNIT * limit) for limit in limits)
 
 
 def _codes(x, stream, shape, shift, inv, code, limits, dtype):
     """Both of the above: limiting fixed before the noise or the sum behind it gives one code."""
-    lowest, highest = (np.float32(UNIT * limit) for limit in limits)
-    shift, inv, code = (v.astype("float32", copy=False) for v in (shift, inv, UNIT * code))
-    source = stream.source()
-    if source and (suits(x) or hasattr(x, "rounded")):    # not formed: it knows how
-        out = empty(x.shape, dtype)
-        rounding = *(v.reshape(-1) for v in (shift, inv, code)), lowest, highest, *source
-        if suits(x):
+    lowest, highest = _fixed(limits)
+    shift, inv, code = (np.asarray(v, np.float32).reshape(-1) for v in (shift, inv, code))
+    source, direct = stream.source(), suits(x)
+    if source and (direct or hasattr(x, "rounded")):      # not formed: it knows how
+        out, rounding = empty(x.shape, np.uint8), (shift, inv, code, lowest, highest, *source)
+        if direct:
             waiting = getattr(_now, "waiting", None)
-            if not (waiting and waiting.take(x, rounding, out.view(np.uint8))):
-                run_for(x)(codes.round_rows, x, rounding_of(x), *rounding, out.view(np.uint8))
+            if not (waiting and waiting.take(x, rounding, out)):
+                run_for(x)(codes.round_rows, x, rounding_of(x), *rounding, out)
         else:
-            x.rounded(rounding, out.view(np.uint8).reshape(len(x), -1))
-        return out
+            x.rounded(rounding, out.reshape(len(x), -1))
+        return out.view(dtype)
     x, h = np.asarray(x), stream.bits(shape).reshape(x.shape)
 
     out = empty(x.shape, dtype)
 
     def block(at):
         part, rows = x[at], at[0]
-        v = np.subtract(part, shift[rows], out=empty(part.shape))
-        v *= inv[rows]
+        v = np.subtract(part, shift[rows, None], out=empty(part.shape))
+        v *= inv[rows, None]
         np.rint(v, out=v)
-        v += code[rows]
+        v += code[rows, None]
         np.clip(v, lowest, highest, out=v)
         v += h[at]                                        # integers below 2²⁴: exact
         v *= np.float32(1 / UNIT)

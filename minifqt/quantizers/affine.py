@@ -8,12 +8,14 @@ from minifqt.kernels import reference, rounding
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.norm import Normalized
 from minifqt.kernels.reference import UNIT
+from minifqt.kernels.seen import suits
 from minifqt.rng import Stream, Streams
 
 if choice.numba is not None:
     from minifqt.kernels.cpu import plans
 
 SMALLEST = np.float32(2.0**-149)                          # a scale below it would be 0
+_NO_EXPONENT = np.zeros((1, 1), np.int64)
 
 
 def as_rows(x: Array, rows: int) -> Array:
@@ -23,16 +25,21 @@ def as_rows(x: Array, rows: int) -> Array:
             f"an array of shape {x.shape} is empty: a quantizer needs at least one number.")
     if isinstance(x, Normalized) and rows == 1:           # rounded from what it is made of
         return x
+    row = x.reshape(rows, -1)
+    if row.dtype == np.float32:
+        return row
     with np.errstate(over="ignore"):                      # float64 beyond float32: not finite
-        return x.reshape(rows, -1).astype("float32", copy=False)
+        return row.astype("float32")
 
 
-def finite_ranges(x: Array, rows: int, stream: Stream | None = None) -> tuple[Array, Array]:
-    """Minimum and maximum of each row, (rows, 1).  NonFiniteError names the stream, "x" if None."""
-    low, high = rounding.known_ranges(x, rows) or rounding.row_ranges(as_rows(x, rows))
-    stream = stream or Streams(0).stream("x")
-    stream.require_finite((array_module(x).isfinite(low) & array_module(x).isfinite(high)).all())
-    return low, high
+def finite_ranges(x: Array, rows: int, stream: Stream | None = None) -> Array:
+    """Minimum and maximum of each row, (2, rows, 1).  NonFiniteError names the stream or "x"."""
+    parts = rounding.known_parts(x, rows)
+    if parts is None:
+        parts = rounding.row_parts(as_rows(x, rows))
+    ranges, finite = rounding.joined(parts)
+    (stream or Streams(0).stream("x")).require_finite(finite)
+    return ranges
 
 
 def rescaled(x: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array | int]:
@@ -82,12 +89,12 @@ class Grid:
 
 def grid(x: Array, low: Array, high: Array, bins: int, exponent: Array | int = 0) -> Grid:
     """`bins` steps from low to high in each row of x (N, D); x stands for x · 2^exponent."""
-    xp = array_module(x)
-    if xp is np and choice.instructions() != "numpy" and low.dtype == np.float32:
+    if suits(low):
         found = np.empty((3, *low.shape), np.float32)
-        e = np.zeros(low.shape, np.int64) if isinstance(exponent, int) else exponent
+        e = _NO_EXPONENT if isinstance(exponent, int) else exponent
         if plans.grid(low, high, bins, e, found):
             return Grid(x, low, *found)
+    xp = array_module(x)
     x, low, high, e = rescaled(x, low, high)
     scale, inv = reference.grid(low, high, bins)
     e = e + exponent

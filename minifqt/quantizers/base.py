@@ -211,8 +211,7 @@ class BoundActivation(Bound):
             return super().__call__(x)
         if self.training:
             xp = array_module(x)
-            t, low, high = self.quantizer.with_range(x, self.stream)
-            batch = xp.concatenate([low.reshape(1), high.reshape(1)])
+            t, batch = self.quantizer.with_range(x, self.stream)
             self.range = (self.range + xp.float32(0.1) * (batch - self.range)
                           if self.calibrated else batch)
             self.calibrated = True

@@ -1,11 +1,18 @@
 """Per-tensor quantizers: real zero (ptq, the paper's), integer (ptqz), symmetric (sym, weights)."""
+import numpy as np
+
 from minifqt.backend import Array, array_module
 from minifqt.kernels import reference, rounding
+from minifqt.kernels.cpu import choice
 from minifqt.kernels.reference import UNIT
+from minifqt.kernels.seen import suits
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import SMALLEST, as_rows, finite_ranges, grid, rescaled
 from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
+
+if choice.numba is not None:
+    from minifqt.kernels.cpu import plans
 
 
 class PerTensor(Quantizer):
@@ -18,10 +25,10 @@ class PerTensor(Quantizer):
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         return self.with_range(x, stream)[0]
 
-    def with_range(self, x: Array, stream: Stream) -> tuple[QTensor, Array, Array]:
-        """The codes, and the minimum and maximum that they cover, (1, 1) each."""
-        low, high = finite_ranges(x, 1, stream)
-        return self._round(x, as_rows(x, 1), low, high, stream), low, high
+    def with_range(self, x: Array, stream: Stream) -> tuple[QTensor, Array]:
+        """The codes, and the minimum and maximum that they cover, (2,)."""
+        ranges = finite_ranges(x, 1, stream)
+        return self._round(x, as_rows(x, 1), *ranges, stream), ranges.reshape(2)
 
     def static(self, x: Array, stream: Stream, low: Array, high: Array) -> QTensor:
         """Codes over the given range (1,), (1,); x is clipped to it first."""
@@ -139,3 +146,10 @@ class Symmetric(Anchored):
         largest = xp.maximum(-low, high)
         scale = xp.where(largest == 0, 1, largest / self._limits()[1])
         return xp.zeros_like(low), scale, UNIT / scale, xp.zeros_like(low)
+
+    def _prepared(self, row, low, high):
+        if suits(low):
+            found = np.empty((5, 1, 1), np.float32)
+            if plans.symmetric(low, high, self._limits()[1], found):
+                return row, *found
+        return super()._prepared(row, low, high)

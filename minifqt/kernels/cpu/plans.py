@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
+from minifqt.kernels.cpu.codes import row_range
 from minifqt.kernels.reference import UNIT
 
 SMALLEST, TINY, NARROW, LARGE = (np.float32(2.0**e) for e in (-149, -76, -100, 119))   # affine.py
@@ -79,11 +80,18 @@ def scales_of(low, high, order, count, thirds, exponent, root, gain, scales, und
 
 
 @compiled
+def odd(low, high):
+    """Whether a row must be rescaled (affine.rescaled)."""
+    largest = max(-low, high)
+    return largest > LARGE or (high - low < NARROW and 0 < largest < TINY)
+
+
+@compiled
 def grid_row(least, most, bins, exponent):
     """inv, scale and zero of a row; scale 0 where it must be rescaled."""
-    width, largest = most - least, max(-least, most)
-    if largest > LARGE or (width < NARROW and 0 < largest < TINY):
+    if odd(least, most):
         return ZERO, ZERO, ZERO
+    width = most - least
     flat = width == 0
     scale = (np.float32(1) if least == 0 else abs(least)) if flat else width / np.float32(bins)
     scale = np.float32(max(math.ldexp(scale, exponent), SMALLEST))
@@ -93,9 +101,13 @@ def grid_row(least, most, bins, exponent):
 
 @compiled
 def grid(low, high, bins, exponent, out):
-    """inv, scale and zero of rows (N, 1) into out (3, N, 1); False where a row must be rescaled."""
+    """inv, scale and zero of rows (N, 1) into out (3, N, 1); False where a row must be rescaled.
+
+    exponent  (N, 1), or (1, 1) for all rows
+    """
     for i in range(len(low)):
-        inv, scale, zero = grid_row(low[i, 0], high[i, 0], bins, exponent[i, 0])
+        e = exponent[min(i, len(exponent) - 1), 0]
+        inv, scale, zero = grid_row(low[i, 0], high[i, 0], bins, e)
         if scale == 0:
             return False
         out[0, i, 0], out[1, i, 0], out[2, i, 0] = inv, scale, zero
@@ -242,3 +254,28 @@ def momentum_step(w, grad, v, momentum, decay, lr, new_v, new_w):
     for i in range(len(w)):
         new_v[i] = momentum * v[i] + grad[i] + decay * w[i]
         new_w[i] = w[i] - lr * new_v[i]
+
+
+@compiled
+def joined(parts, out):
+    """Ranges of rows' parts (2, N, parts) → those of the rows, out (2, N, 1); whether finite."""
+    finite = True
+    for n in range(parts.shape[1]):
+        low, _ = row_range(parts[0, n])
+        _, high = row_range(parts[1, n])
+        out[0, n, 0], out[1, n, 0] = low, high
+        finite = finite and math.isfinite(low) and math.isfinite(high)
+    return finite
+
+
+@compiled
+def symmetric(low, high, top, out):
+    """shift, inv, code, scale and zero of `sym`, out (5, 1, 1); False where x must be rescaled."""
+    least, most = low[0, 0], high[0, 0]
+    if odd(least, most):
+        return False
+    largest = max(-least, most)
+    scale = np.float32(1) if largest == 0 else largest / np.float32(top)
+    out[:] = 0
+    out[1, 0, 0], out[3, 0, 0] = np.float32(UNIT) / scale, max(scale, SMALLEST)
+    return True
