@@ -45,10 +45,11 @@ class QTensor:
         if self.codes.dtype.char not in "Bbfd":          # uint8, int8, float32, float64
             raise ValueError(f"{self.name}: codes are {self.codes.dtype}; "
                              "expected uint8, int8, float32 or float64.")
-        whole = self.codes.shape
-        for field, shape in (("scale", self.scale.shape), ("zero", self.zero.shape)):
-            if len(shape) != len(whole) or any(
-                    1 != size != full for size, full in zip(shape, whole, strict=True)):
+        for field in ("scale", "zero"):
+            shape = getattr(self, field).shape
+            fits = len(shape) == self.codes.ndim and all(
+                size in (1, full) for size, full in zip(shape, self.codes.shape, strict=True))
+            if not fits:
                 raise ValueError(f"{self.name}: {field} has shape {shape}; codes of shape "
                                  f"{self.codes.shape} need as many axes, each of size 1 or the "
                                  "full size.")

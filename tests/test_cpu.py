@@ -393,6 +393,36 @@ def test_compiled_grids_are_those_of_numpy_and_leave_rows_to_be_rescaled(bins, s
     assert 50 < rescaled <= 100
 
 
+def test_compiled_symmetric_grids_are_those_of_numpy(both_ways):
+    rng, rescaled = np.random.default_rng(0), 0
+    for turn in range(300):
+        low, high = (v[:1] for v in rows_of_all_sizes(rng))
+        low, high = (0 * low, 0 * low) if turn == 0 else (low, high)
+        found = np.empty((5, 1, 1), np.float32)
+        alone = plans.symmetric(low, high, 7, found)
+        assert alone == (not np.any(affine.rescaled(low, low, high)[3]))
+        rescaled += not alone
+        sym = quantizers.create("sym", 4)
+        fast, plain = both_ways(lambda: sym._prepared(low, low, high)[1:])  # noqa: B023 - called here
+        assert_same_bits(fast, plain)
+        if alone:
+            assert_same_bits(found, plain)
+    assert 0 < rescaled < 200
+
+
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf, -np.inf])
+def test_compiled_ranges_of_parts_are_joined_as_by_numpy(bad, both_ways):
+    rng = np.random.default_rng(0)
+    for N, parts in ((1, 1), (1, 64), (5, 1), (5, 33)):
+        ends = np.sort(rng.standard_normal((2, N, parts)).astype("float32"), axis=0)
+        if bad is not None:
+            ends[int(bad > 0):1 + (not bad < 0), -1, -1] = bad        # NaN is both of its ends
+        fast, plain = both_ways(lambda: rounding.joined(ends))        # noqa: B023 - called here
+        assert fast[1] == plain[1] == (bad is None)
+        usual = slice(N if bad is None else N - 1)
+        assert_same_bits([fast[0][:, usual]], [plain[0][:, usual]])
+
+
 # ---- norms and row mixing ------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ def known_parts(x: Array, rows: int) -> Array | None:
 
 
 def row_parts(x: Array) -> Array:
-    """Minima and maxima of parts of each row of x (N, D), (2, N, parts); NaN where one holds it."""
+    """Minima and maxima of parts of each row of x (N, D), (2, N, parts); NaN where NaN is."""
     xp = array_module(x)
     if xp is not np:
         return xp.stack([x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)])
@@ -103,8 +103,9 @@ def joined(parts: Array) -> tuple[Array, Array | bool]:
         ranges = np.empty((2, parts.shape[1], 1), np.float32)
         return ranges, plans.joined(parts, ranges)
     xp, (low, high) = array_module(parts), parts
-    ranges = xp.stack([low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)])
-    return ranges, xp.isfinite(ranges).all()
+    if parts.shape[2] > 1:
+        parts = xp.stack([low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)])
+    return parts, xp.isfinite(parts).all()
 
 
 def known_ranges(x: Array, rows: int) -> tuple[Array, Array] | None:
@@ -144,13 +145,13 @@ def anchored_codes(x: Array, shift: Array, inv: Array, code: Array, stream: Stre
 
 
 @cache
-def _fixed(limits):
+def _in_fixed_point(limits):
     return tuple(np.float32(UNIT * limit) for limit in limits)
 
 
 def _codes(x, stream, shape, shift, inv, code, limits, dtype):
     """Both of the above: limiting fixed before the noise or the sum behind it gives one code."""
-    lowest, highest = _fixed(limits)
+    lowest, highest = _in_fixed_point(limits)
     shift, inv, code = (np.asarray(v, np.float32).reshape(-1) for v in (shift, inv, code))
     source, direct = stream.source(), suits(x)
     if source and (direct or hasattr(x, "rounded")):      # not formed: it knows how

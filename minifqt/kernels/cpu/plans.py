@@ -1,7 +1,8 @@
 """Small arithmetic between kernels, compiled: in NumPy it is a hundred short calls a layer.
 
 What is computed, and why, is said elsewhere, and tests compare the bits: `reflections` and `groups`
-in quantizers/bhq.py, `grid` in quantizers/affine.py, `epilogue` in kernels/reference.py; the ranges
+in quantizers/bhq.py, `grid` in quantizers/affine.py, `symmetric` as Symmetric in
+quantizers/ptq.py, `joined` in kernels/rounding.py, `epilogue` in kernels/reference.py; the ranges
 of a batch norm are those of its formed array.
 """
 import math
