@@ -17,7 +17,7 @@ from minifqt.kernels.cpu import choice
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(path.stem for path in (ROOT / "minifqt/kernels/cpu").glob("[a-z]*.py"))
-FROM_TILES = {"codes", "floats", "mixing", "norms", "products", "sums", "tiles", "wgrad"}
+FROM_TILES = {"codes", "floats", "mixing", "norms", "plans", "products", "sums", "tiles", "wgrad"}
 FROM_NOISE = FROM_TILES - {"tiles"} | {"noise"}
 FROM_PLANS = {"plans", "mixing", "sums", "wgrad", "floats", "products"}
 

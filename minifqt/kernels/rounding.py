@@ -108,12 +108,6 @@ def joined(parts: Array) -> tuple[Array, Array | bool]:
     return parts, xp.isfinite(parts).all()
 
 
-def known_ranges(x: Array, rows: int) -> tuple[Array, Array] | None:
-    """Minimum and maximum of x as so many rows, (rows, 1) each, if they were found before."""
-    parts = known_parts(x, rows)
-    return None if parts is None else tuple(joined(parts)[0])
-
-
 def row_ranges(x: Array) -> tuple[Array, Array]:
     """Minimum and maximum of each row of x (N, D), each (N, 1); NaN where a row holds one."""
     return tuple(joined(row_parts(x))[0])

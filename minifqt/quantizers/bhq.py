@@ -10,7 +10,7 @@ import numpy as np
 
 from minifqt.backend import Array, array_module, empty, map_blocks, segment_sum, threads
 from minifqt.kernels.cpu import choice
-from minifqt.kernels.rounding import known_ranges, rounding_of, row_ranges
+from minifqt.kernels.rounding import rounding_of
 from minifqt.kernels.seen import Lazy, Summary, blank, images, suits
 from minifqt.qtensor import QTensor
 from minifqt.quantizers.affine import as_rows, finite_ranges, grid
@@ -65,8 +65,7 @@ class BHQ(Quantizer):
 
     def _grid(self, mix, mixed):
         mixed = np.asarray(mixed) if isinstance(mixed, Mixed) else mixed
-        low, high = known_ranges(mixed, len(mixed)) or row_ranges(mixed)
-        return grid(mixed, low, high, self.bins, mix.exponent[:, None])
+        return grid(mixed, *finite_ranges(mixed, len(mixed)), self.bins, mix.exponent[:, None])
 
 
 def groups(ranges: Array, alone: Array) -> tuple[Array, Array]:
