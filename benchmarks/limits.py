@@ -56,10 +56,8 @@ def measure(flags):
                                 "read": rate(rounds * size, times, read_parts, x, rounds, sums),
                                 "copy": rate(rounds * size, times, copy_parts, x[:len(y)], y,
                                              rounds)})
-    state = np.empty((T, 4, noise.BLOCKS), np.uint64)
     key, words = np.arange(2, dtype=np.uint64), np.empty((T, 4 * noise.BLOCKS), np.uint64)
-    found["noise"] = rate(tasks * 10 * noise.BLOCKS * 16, times, draw, tasks * 10, key, state,
-                          words)
+    found["noise"] = rate(tasks * 10 * noise.BLOCKS * 16, times, draw, tasks * 10, key, words)
     x, y = np.ones((T, NUMBERS), np.int32), np.empty((T, NUMBERS), np.float32)
     found["doubles"] = rate(tasks * 100 * NUMBERS, times, scale, tasks * 10, 10, x, y)
     return found
@@ -157,7 +155,7 @@ def copy_parts(counter, x, y, rounds):
 
 
 @compiled
-def draw(counter, tasks, key, state, words):
+def draw(counter, tasks, key, words):
     """noise.philox_blocks, one full buffer a task."""
     me = seat(counter)
     if me < 0:
@@ -166,7 +164,7 @@ def draw(counter, tasks, key, state, words):
         task = take(counter)
         if task >= tasks:
             break
-        noise.philox_blocks(key, 0, task * noise.BLOCKS, noise.BLOCKS, state[me], words[me])
+        noise.philox_blocks(key, 0, task * noise.BLOCKS, noise.BLOCKS, words[me])
     leave(counter)
 
 

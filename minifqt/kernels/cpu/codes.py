@@ -27,14 +27,14 @@ def round_run(x, noise, shift, inv, code, lowest, highest, out):
 
 
 @compiled
-def round_beside(x, first, beside, state, words):
+def round_beside(x, first, beside, words):
     """Another rounding of numbers x, elements first .. of their array, if one is asked for.
 
     beside  shift, inv, code .. constant as round_rows takes them, but numbers; codes, flat or empty
     """
     shift, inv, code, lowest, highest, key, step, constant, out = beside
     if out.size:
-        noise = noise_of(key, step, first, len(x), constant, state, words)
+        noise = noise_of(key, step, first, len(x), constant, words)
         round_run(x, noise, shift, inv, code, lowest, highest, out[first:first + len(x)])
 
 
@@ -46,15 +46,15 @@ def round_rows(counter, x, beside, shift, inv, code, lowest, highest, key, step,
         return
     N, D = x.shape
     parts = (D + CHUNK - 1) // CHUNK
-    state, words = np.empty((4, BLOCKS), np.uint64), np.empty(4 * BLOCKS, np.uint64)
+    words = np.empty(4 * BLOCKS, np.uint64)
     while True:
         task = take(counter)
         if task >= N * parts:
             break
         n, start = task // parts, task % parts * CHUNK
         stop = min(D, start + CHUNK)
-        round_beside(x[n, start:stop], n * D + start, beside, state, words)
-        noise = noise_of(key, step, n * D + start, stop - start, constant, state, words)
+        round_beside(x[n, start:stop], n * D + start, beside, words)
+        noise = noise_of(key, step, n * D + start, stop - start, constant, words)
         round_run(x[n, start:stop], noise, shift[n], inv[n], code[n], lowest, highest,
                   out[n, start:stop])
     leave(counter)
@@ -69,8 +69,7 @@ def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest,
         return
     N, D = x.shape
     run = norm.shape[1]
-    y, state = np.empty(run, np.float32), np.empty((4, BLOCKS), np.uint64)
-    words = np.empty(4 * BLOCKS, np.uint64)
+    y, words = np.empty(run, np.float32), np.empty(4 * BLOCKS, np.uint64)
     while True:
         n = take(counter)
         if n >= N:
@@ -78,7 +77,7 @@ def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest,
         for start in range(0, D, run):
             stop = min(D, start + run)
             normalize_run(x[n, start:stop], norm, floor, y)
-            noise = noise_of(key, step, n * D + start, stop - start, constant, state, words)
+            noise = noise_of(key, step, n * D + start, stop - start, constant, words)
             round_run(y[:stop - start], noise, shift, inv, code, lowest, highest,
                       out[n, start:stop])
     leave(counter)

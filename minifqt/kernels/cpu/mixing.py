@@ -8,7 +8,7 @@ from minifqt.kernels.cpu.plans import grid_row
 from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.reference import UNIT
 
-CHUNK = 16 * 4 * TURN                                     # columns of a group at a time, in cache
+CHUNK = 16 * 2 * TURN                                     # columns of a group at a time, in cache
 
 
 @compiled
@@ -99,7 +99,7 @@ def reflect_and_round(counter, totals, rows, x, beside, source, before, starts, 
         return
     N, D = x.shape
     low, high = np.empty(N, np.int32), np.empty(N, np.int32)
-    state, words = np.empty((4, BLOCKS), np.uint64), np.empty(4 * BLOCKS, np.uint64)
+    words = np.empty(4 * BLOCKS, np.uint64)
     top, nothing = np.float32(UNIT * bins), np.float32(0)
     while True:
         group = take(counter)
@@ -114,7 +114,7 @@ def reflect_and_round(counter, totals, rows, x, beside, source, before, starts, 
                       gain[group], total)
             for j in range(first, last):
                 row, y = x[source[j], left:right], rows[me, j - first, left:right]
-                round_beside(row, source[j] * D + left, beside, state, words)
+                round_beside(row, source[j] * D + left, beside, words)
                 reflect_row(row, before[j], v[j], total, 1.0, y)
                 low[j], high[j] = widen(y, low[j], high[j])
         for j in range(first, last):
@@ -123,7 +123,7 @@ def reflect_and_round(counter, totals, rows, x, beside, source, before, starts, 
             grids[0, j], grids[1, j], grids[2, j] = inv, scale, zero
             for left in range(0, D if scale > 0 else 0, CHUNK):
                 right = min(D, left + CHUNK)
-                noise = noise_of(key, step, j * D + left, right - left, constant, state, words)
+                noise = noise_of(key, step, j * D + left, right - left, constant, words)
                 round_run(rows[me, j - first, left:right], noise, least, inv, nothing, nothing, top,
                           codes[j, left:right])
     leave(counter)

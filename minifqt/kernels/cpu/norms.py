@@ -11,7 +11,7 @@ from minifqt.kernels.cpu.codes import normalize_run, row_range
 from minifqt.kernels.cpu.noise import TURN
 from minifqt.kernels.cpu.team import leave, seat, take
 
-RUN = 16 * 2 * TURN                                       # numbers of a run of vectors: 2 kB each
+RUN = 16 * TURN                                           # numbers of a run of vectors: 2 kB each
 SUMS = 128                                                # of accumulators
 ZERO, ONE = np.float32(0), np.float32(1)
 
