@@ -18,9 +18,32 @@ SIDE = VECTORS * WIDE                                     # blocks side by side
 TURN = SIDE + ROUNDS                                      # and one more for each of their rounds
 CHUNK = 16 * 5 * TURN                                     # elements from one buffer of noise
 BLOCKS = CHUNK // 16 + 1                                  # of Philox, 16 values each
-W0, W1 = (np.uint64(v) for v in INCREMENTS)
 I32, I64, I128 = (ir.IntType(bits) for bits in (32, 64, 128))
 VECTOR = ir.VectorType(I64, WIDE)
+
+
+@intrinsic
+def round_keys(typingctx, first, second):
+    """Address of the two keys of each round, on the stack of the function that asks."""
+    def codegen(context, builder, signature, arguments):
+        keys = cgutils.alloca_once(builder, I64, 2 * ROUNDS)
+        for r in range(ROUNDS):
+            for i, (key, increment) in enumerate(zip(arguments, INCREMENTS, strict=True)):
+                here = builder.add(key, ir.Constant(I64, r * increment % 2**64))
+                builder.store(here, builder.gep(keys, [ir.Constant(I64, 2 * r + i)]))
+        return builder.ptrtoint(keys, I64)
+
+    return types.intp(types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def address(typingctx, array):
+    """Where a contiguous array begins; unlike `ctypes.data` it counts no reference."""
+    def codegen(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, I64)
+
+    return types.intp(array), codegen
 
 
 @intrinsic
@@ -123,18 +146,13 @@ def _store(builder, value, address, word):
 @compiled
 def philox_blocks(key, step, first, count, words):
     """words[:4 · count] = blocks first .. of rng.philox; count ≤ BLOCKS.  words (4 · BLOCKS,)."""
-    keys, k0, k1 = np.empty(2 * ROUNDS, np.uint64), key[0], key[1]
-    for r in range(ROUNDS):
-        keys[2 * r], keys[2 * r + 1] = k0, k1
-        k0 += W0
-        k1 += W1
+    keys, out = round_keys(key[0], key[1]), address(words)
     done, counter, step = 0, np.uint64(first + 1), np.uint64(step)
     while count - done > TURN // 2:                       # of fewer, one by one is faster
-        whole_turn(counter + np.uint64(done), step, keys.ctypes.data, words.ctypes.data + 32 * done)
+        whole_turn(counter + np.uint64(done), step, keys, out + 32 * done)
         done += TURN
     while done < count:
-        whole_block(counter + np.uint64(done), step, keys.ctypes.data,
-                    words.ctypes.data + 32 * done)
+        whole_block(counter + np.uint64(done), step, keys, out + 32 * done)
         done += 1
 
 
