@@ -93,6 +93,18 @@ def rint(typingctx, x):
 
 
 @intrinsic
+def square_and(typingctx, x, y):
+    """x · x + y, float64, rounded once: the bits of two operations where x · x is exact."""
+    def codegen(context, builder, signature, arguments):
+        x, y = arguments
+        f = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(y.type, [y.type] * 3), "llvm.fma.f64")
+        return builder.call(f, [x, x, y])
+
+    return types.float64(types.float64, types.float64), codegen
+
+
+@intrinsic
 def words16(typingctx, like, a, step, out):
     """Codes of `group` pixels, `step` bytes apart, of 16 channels side by side: 16 words at `out`.
 
