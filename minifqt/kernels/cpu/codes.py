@@ -18,12 +18,16 @@ NOTHING_YET = np.int32(2**31 - 1), np.int32(-2**31)
 
 @compiled
 def round_run(x, noise, shift, inv, code, lowest, highest, out):
-    """(clip(rint((x − shift) · inv) + code, lowest, highest) + noise) >> 16, in fixed point."""
+    """(clip(rint((x − shift) · inv) + code, lowest, highest) + noise) >> 16, in fixed point.
+
+    code and the limits are integers: clipped first, rounded and converted in one, it is the same.
+    """
+    least, most, whole = lowest - code, highest - code, np.int32(code)
     for i in range(len(x)):
-        fixed = rint((x[i] - shift) * inv) + code
-        fixed = lowest if fixed < lowest else fixed
-        fixed = highest if fixed > highest else fixed
-        out[i] = steps(fixed, noise[i])
+        fixed = (x[i] - shift) * inv
+        fixed = least if fixed < least else fixed
+        fixed = most if fixed > most else fixed
+        out[i] = steps(rint(fixed), whole, noise[i])
 
 
 @compiled

@@ -182,13 +182,14 @@ def _store(builder, value, address):
 
 
 @intrinsic
-def steps(typingctx, fixed, noise):
-    """(int32(fixed) + noise) >> 16 as uint8, of float32 and uint16; numba alone uses 64 bits."""
+def steps(typingctx, fixed, code, noise):
+    """(int32(fixed) + code + noise) >> 16 as uint8, noise uint16; numba alone uses 64 bits."""
     def codegen(context, builder, signature, arguments):
-        total = builder.add(builder.fptosi(arguments[0], I32), builder.zext(arguments[1], I32))
+        fixed, code, noise = arguments
+        total = builder.add(builder.add(builder.fptosi(fixed, I32), code), builder.zext(noise, I32))
         return builder.trunc(builder.ashr(total, ir.Constant(I32, 16)), ir.IntType(8))
 
-    return types.uint8(types.float32, types.uint16), codegen
+    return types.uint8(types.float32, types.int32, types.uint16), codegen
 
 
 @intrinsic
