@@ -99,12 +99,12 @@ def describe() -> str:
     return f"compiled kernels, integer dot products by {_chosen}"
 
 
-def compiled(function):
+def compiled(function, **options):
     """numba.njit without the GIL, machine code kept on disk until what it is made of changes.
 
     numba alone looks at the function's own file, and would keep code that calls an older tile.
     """
-    dispatcher = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    dispatcher = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
     with suppress(AttributeError):                        # a numba that keeps it elsewhere
         dispatcher._cache._cache_file._source_stamp = source_stamp(function.__module__)
     return dispatcher

@@ -4,6 +4,8 @@ Arrays (N, D) are images of pixels with C channels innermost. Vectors of a chann
 to a `run` of a few hundred numbers, so that inner loops are long and plain; every sum is float64,
 image by image. Float operations are those of kernels/norm.py one by one. Next: mixing.py.
 """
+from functools import partial
+
 import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
@@ -144,7 +146,7 @@ def gated(dy, x, mean, inv_std, weight, bias, floor):
     return np.float64(g), np.float64(g * normal)
 
 
-@compiled
+@partial(compiled, forceinline=True)                      # its many arguments cost much
 def gradient_sums_rows(dy, x, norm, floor, run, s1, s2):
     """s1 += g, s2 += g · x̂, place by place, for flat dy, x of whole pixels; four runs at a time."""
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
