@@ -26,7 +26,8 @@ class FusedConv2d(Conv2d):
             return super().forward(x)
         first = suits(x) and not isinstance(x, Seen)      # given from outside: images, perhaps
         x = as_input(self, x, "(N, H, W, C)", self.in_channels)
-        qx, qw = self.q.act(x), self.q.weight(self.weight.data)
+        with rounding.begun():                            # other threads round x meanwhile
+            qx, qw = self.q.act(x), self.q.weight(self.weight.data)
         self.save(qx, qw, first)
         y = conv.fprop(qx, qw, self.stride, self.padding, lazily=True)
         return y.view(Seen) if in_numpy(y) else y

@@ -427,6 +427,25 @@ def test_one_read_rounds_no_other_array():
 
 
 @needs_numba
+def test_what_is_begun_is_rounded_at_the_end_even_after_an_error(on_threads):
+    x = np.random.default_rng(0).standard_normal((40, 9, 9, 8), dtype="float32")
+    y = norm.Normalized(x, *np.ones((4, 8), np.float32), floor=0)
+    p = quantizers.Bound("ptq8", "stochastic", minifqt.Streams(3), "p")
+    expected, empty = p(np.asarray(y.form())).codes, np.empty((0, 3), np.float32)
+
+    def two():
+        found = []
+        with pytest.raises(ValueError, match="is empty"), rounding.begun():
+            found.append(p(y))
+            found.append(p(y))
+            p(empty)
+        return [t.codes for t in [*found, p(y)]]
+
+    for codes in on_threads(two):
+        assert_same_bits(codes, [expected] * 3)
+
+
+@needs_numba
 def test_a_convolution_and_its_gradient_know_their_summaries():
     x, _ = batch((4, 9, 9, 8))
     net = normed_conv(6)

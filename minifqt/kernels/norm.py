@@ -14,7 +14,7 @@ from minifqt.kernels.seen import Lazy, Seen, Summary, blank, images, runs, suits
 
 if choice.numba is not None:
     from minifqt.kernels.cpu import codes, norms, plans
-    from minifqt.kernels.cpu.team import share
+    from minifqt.kernels.cpu.team import begin, share
 
 _BLOCK = 1 << 18                                          # elements
 
@@ -143,10 +143,14 @@ class Normalized(Lazy):
         """Itself as float32, else an array."""
         return self if dtype == self.dtype and not copy else super().astype(dtype, copy)
 
-    def rounded(self, rounding: tuple, out: np.ndarray) -> None:
-        """Writes its codes (N, D); rounding as codes.round_rows takes it, of one row."""
+    def rounded(self, rounding: tuple, out: np.ndarray):
+        """Begins to write its codes (N, D); call the result to end that (team.begin).
+
+        rounding  as codes.round_rows takes it, of one row
+        """
         shift, inv, code, *rest = rounding
-        share(codes.round_normalized, *self.operands(), shift[0], inv[0], code[0], *rest, out)
+        return begin(codes.round_normalized, *self.operands(), shift[0], inv[0], code[0], *rest,
+                     out)
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""

@@ -21,7 +21,16 @@ if choice.numba is not None:
     from minifqt.kernels.cpu.team import run_for, share
 
 _BLOCK = 1 << 18                                          # float32s of a block of rows
-_now = local()                                            # .waiting, in a thread inside `one_read`
+
+
+class _Now(local):
+    """Of each thread."""
+
+    waiting = None                                        # inside `one_read`
+    ends = None                                           # inside `begun`
+
+
+_now = _Now()
 
 
 @contextmanager
@@ -37,6 +46,21 @@ def one_read(x: Array):
             share(codes.round_rows, *waiting.alone)
     finally:
         _now.waiting = None
+
+
+@contextmanager
+def begun():
+    """Inside, other threads round what is not formed (norm.Normalized) while this one goes on.
+
+    Its codes are there at the end, not before.
+    """
+    ends = _now.ends = []
+    try:
+        yield
+    finally:
+        _now.ends = None
+        for end in ends:
+            end()
 
 
 class _Waiting:
@@ -60,7 +84,7 @@ class _Waiting:
 
 def rounding_of(x: np.ndarray) -> tuple:
     """What a pass over x does beside its own work (codes.round_beside); the caller then does it."""
-    waiting = getattr(_now, "waiting", None)
+    waiting = _now.waiting
     if not (waiting and waiting.job and waiting.is_for(x)):
         return codes.NOTHING_BESIDE
     job, waiting.job = waiting.job, None
@@ -151,11 +175,12 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
     if source and (direct or hasattr(x, "rounded")):      # not formed: it knows how
         out, rounding = empty(x.shape, np.uint8), (shift, inv, code, lowest, highest, *source)
         if direct:
-            waiting = getattr(_now, "waiting", None)
+            waiting = _now.waiting
             if not (waiting and waiting.take(x, rounding, out)):
                 run_for(x)(codes.round_rows, x, rounding_of(x), *rounding, out)
         else:
-            x.rounded(rounding, out.reshape(len(x), -1))
+            end = x.rounded(rounding, out.reshape(len(x), -1))
+            end() if _now.ends is None else _now.ends.append(end)
         return out.view(dtype)
     x, h = np.asarray(x), stream.bits(shape).reshape(x.shape)
 

@@ -197,6 +197,11 @@ class Householder:
             x, slice(None), lambda part: self._reflect(part[self.order] * scales[:, None]))
 
     @cached_property
+    def largest(self) -> int:
+        """Rows of the largest group."""
+        return int(self._count.max())
+
+    @cached_property
     def plan(self):
         """starts, root, gain, v, target, after: what a kernel needs to undo T (mixing.reflect)."""
         groups = self.group[-1] + 1
@@ -269,8 +274,7 @@ class Mixed(Lazy):
         # Columns are cut for the threads where groups are few.
         parts = max(1, min(-(-32 // len(groups[1])), D // mixing.CHUNK))
         y, ranges = blank(self.shape), np.empty((2, N, parts), np.float32)
-        totals = empty((threads(), mixing.CHUNK), "float64")
-        share(mixing.reflect, totals, self.x, *operands, parts, images(y), ranges)
+        share(mixing.reflect, self.x, *operands, parts, images(y), ranges)
         y.summary = Summary(ranges, None)
         return y
 
@@ -281,12 +285,12 @@ class Mixed(Lazy):
         rescaled (affine.rescaled) and where the stream makes its noise in its own way.
         """
         (N, D), (starts, root, gain, v, order, _) = self.x.shape, self.mix.plan
-        room, largest = max(3, ROOM // (4 * D)), self.mix._count.max()
-        source = stream.source()
+        largest, source = self.mix.largest, stream.source()
+        room = max(3, ROOM // (4 * D))
         if source is None or largest > room or 2 * threads() * largest > N:
             return None
         codes, grids = empty((N, D), "uint8"), np.empty((3, N), np.float32)
-        share(mixing.reflect_and_round, empty((threads(), mixing.CHUNK), "float64"),
-              empty((threads(), room, D)), self.x, rounding_of(self.x), order, self.scales, starts,
-              root, gain, v, bins, self.mix.exponent, *source, grids, codes)
+        share(mixing.reflect_and_round, empty((threads(), room, D)), self.x, rounding_of(self.x),
+              order, self.scales, starts, root, gain, v, bins, self.mix.exponent, *source, grids,
+              codes)
         return (codes, *grids[1:]) if grids[1].all() else None

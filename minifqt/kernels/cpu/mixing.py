@@ -50,18 +50,17 @@ def reflect_row(row, before, v, total, after, out):
 
 
 @compiled
-def reflect(counter, totals, x, source, before, starts, root, gain, v, target, after, parts, out,
-            ranges):
+def reflect(counter, x, source, before, starts, root, gain, v, target, after, parts, out, ranges):
     """out[target[j]] = reflect_row of x[source[j]], in groups of rows between `starts`.
 
-    x, out (N, D);  totals (threads, CHUNK) float64, scratch
-    parts   into which columns are cut, for the threads to share;  ranges (2, N, parts) of out
+    x, out (N, D);  parts  into which columns are cut, for the threads to share
+    ranges  (2, N, parts) of out
     """
     me = seat(counter)
     if me < 0:
         return
     N, D = x.shape
-    low, high = np.empty(N, np.int32), np.empty(N, np.int32)
+    low, high, totals = np.empty(N, np.int32), np.empty(N, np.int32), np.empty(CHUNK)
     while True:
         task = take(counter)
         if task >= (len(starts) - 1) * parts:
@@ -72,7 +71,7 @@ def reflect(counter, totals, x, source, before, starts, root, gain, v, target, a
         stop = (part + 1) * D // parts
         for left in range(part * D // parts, stop, CHUNK):
             right = min(stop, left + CHUNK)
-            total = totals[me, :right - left]
+            total = totals[:right - left]
             group_sum(x, source[first:last], before[first:last], left, right, root[group],
                       gain[group], total)
             for j in range(first, last):
@@ -86,11 +85,11 @@ def reflect(counter, totals, x, source, before, starts, root, gain, v, target, a
 
 
 @compiled
-def reflect_and_round(counter, totals, rows, x, beside, source, before, starts, root, gain, v, bins,
+def reflect_and_round(counter, rows, x, beside, source, before, starts, root, gain, v, bins,
                       exponent, key, step, constant, grids, codes):
     """Codes (N, D) of the mixed rows, each on the grid of its own range: a group stays in cache.
 
-    rows    (threads, rows of the largest group, D) float32, and totals as in reflect: scratch
+    rows    (threads, rows of the largest group, D) float32, scratch
     beside  another rounding, of x itself (codes.round_beside)
     exponent, grids  (N,), (3, N) as in plans.grid; a row that must be rescaled gets no codes
     """
@@ -98,7 +97,7 @@ def reflect_and_round(counter, totals, rows, x, beside, source, before, starts, 
     if me < 0:
         return
     N, D = x.shape
-    low, high = np.empty(N, np.int32), np.empty(N, np.int32)
+    low, high, totals = np.empty(N, np.int32), np.empty(N, np.int32), np.empty(CHUNK)
     words = np.empty(4 * BLOCKS, np.uint64)
     top, nothing = np.float32(UNIT * bins), np.float32(0)
     while True:
@@ -109,7 +108,7 @@ def reflect_and_round(counter, totals, rows, x, beside, source, before, starts, 
         low[first:last], high[first:last] = NOTHING_YET
         for left in range(0, D, CHUNK):
             right = min(D, left + CHUNK)
-            total = totals[me, :right - left]
+            total = totals[:right - left]
             group_sum(x, source[first:last], before[first:last], left, right, root[group],
                       gain[group], total)
             for j in range(first, last):

@@ -11,7 +11,6 @@ from minifqt.backend import empty, threads
 from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice, floats, plans
 from minifqt.kernels.cpu.choice import ROWS
-from minifqt.kernels.cpu.norms import run_of
 from minifqt.kernels.cpu.sums import correlate_gated, correlate_images, gemm_rows
 from minifqt.kernels.cpu.team import begin, share
 from minifqt.kernels.cpu.wgrad import wgrad_images
@@ -23,6 +22,9 @@ TERMS = 2**31 // (255 * 128) - 1                          # that int32 holds: 65
 STRIP = 1 << 17                                           # bytes of sums or codes kept in cache
 IMAGES = 16                                               # of one task of wgrad, at most
 NOTHING = np.empty((0, 0, 0), np.float32)
+# Arrays whose dtypes tell a kernel what its codes, by the bytes of a packed one, and its sums are.
+KINDS = {key: np.empty(0, dtype) for key, dtype in (
+    (1, "uint8"), (2, "int16"), (4, "uint32"), ("int32", "int32"), ("float32", "float32"))}
 
 
 def conv_fprop(x, w, stride, padding):
@@ -73,14 +75,13 @@ class Correlation:
         isa = choice.isa() if exact else choice.floats()
         packed = pack(w, isa, spread)
         self.shape, self.mix = (N, P, Q, K), a.mix
-        bits = {1: "uint8", 2: "int16", 4: "uint32"}[packed.itemsize]
-        self._dtypes = bits, "int32" if exact else "float32"
+        self._kinds = KINDS[packed.itemsize], KINDS["int32" if exact else "float32"]
         dtype = "float64" if exact else "float32"         # of the epilogue
         scale_a, zero = np.empty((2, N), dtype)           # an image's
         scale_a[:], zero[:] = a.scale.reshape(-1), a.zero.reshape(-1)
         scale_b, codes = scale.reshape(-1).astype(dtype), codes_of(a)
         flip = codes.dtype.type(128 if a.codes.dtype == np.int8 else 0)
-        self._shape, self._packed = (ROWS, (0,) * isa.lanes), packed
+        self._tile, self._packed = (ROWS, (0,) * isa.lanes), packed
         self._stride, self._spread = stride, spread
         self.strip = self._strip(STRIP // (stride * Q * stride * C))
         self._taps, b1 = (R, S), np.empty((P, 0), dtype)
@@ -95,8 +96,8 @@ class Correlation:
         N, P, Q, K = self.shape
         residual = NOTHING if residual is None else residual.reshape(N, P, Q * K)
         y, sums, ranges = empty(self.shape), np.empty((2, N, K)), np.empty((2, N, K), np.float32)
-        share(correlate_images, *self._scratch(self.strip), *self._shape, *self._image, self.strip,
-              *self._scales, residual, y, sums, ranges)
+        share(correlate_images, *self._kinds, self._sizes(self.strip), *self._tile, *self._image,
+              self.strip, *self._scales, residual, y, sums, ranges)
         y = y.view(Seen)
         y.summary = Summary(ranges, sums)
         return y
@@ -104,37 +105,32 @@ class Correlation:
     def form_gated(self, x, norm, floor):
         """The result with its rows unmixed, and Σ g, Σ g · x̂ of it gated, in parts: (2, …, C)."""
         N, P, Q, K = self.shape
-        y, mix = empty(self.shape), alone(N) if self.mix is None else self.mix.plan
-        largest = int((mix[0][1:] - mix[0][:-1]).max())   # rows of a group, side by side in cache
-        strip = self._strip(2 * STRIP // (4 * largest * Q * K))
-        mixes = empty((threads(), largest, strip * Q * K))
-        totals = empty((threads(), 4 * run_of.py_func(K)), "float64")
-        sums = np.empty((2, (len(mix[0]) - 1) * -(-P // strip), K))
-        share(correlate_gated, *self._scratch(strip), mixes, totals, *self._shape, *self._image,
-              strip, *self._scales, *mix, x, norm, floor, y, sums)
+        largest, *mix = alone(N) if self.mix is None else (self.mix.largest, *self.mix.plan)
+        strip = self._strip(2 * STRIP // (4 * largest * Q * K))           # a group's lie in cache
+        y, sums = empty(self.shape), np.empty((2, (len(mix[0]) - 1) * -(-P // strip), K))
+        share(correlate_gated, *self._kinds, self._sizes(strip), *self._tile, *self._image, strip,
+              *self._scales, largest, *mix, x, norm, floor, y, sums)
         return y, sums
 
     def _strip(self, rows):
         """About so many rows of the result, each strip beginning with the same phase of taps."""
         return min(self.shape[1], max(rows // self._spread, 1) * self._spread)
 
-    def _scratch(self, strip):
-        """For each thread a canvas under a strip of rows, and a row of sums, whole tiles wide."""
+    def _sizes(self, strip):
+        """Of a thread's canvas under a strip of rows, and of a row of sums, whole tiles wide."""
         (_, _, Q, _), (blocks, _, words, lanes, group) = self.shape, self._packed.shape
         tiles = len(ROWS) * self._spread
         wide, room = -(-Q // tiles) * tiles, words * group // self._taps[1]
-        canvas = (*(((count - 1) * self._stride + taps - 1) // self._spread + 1
-                    for count, taps in zip((strip, wide), self._taps, strict=True)), room)
-        codes, sums = self._dtypes
-        return (empty((threads(), *canvas), codes),
-                empty((threads(), wide * blocks * lanes), sums))
+        canvas = (((count - 1) * self._stride + taps - 1) // self._spread + 1
+                  for count, taps in zip((strip, wide), self._taps, strict=True))
+        return *canvas, room, wide * blocks * lanes
 
 
 @cache
 def alone(N):
-    """The plan (Householder.plan) of N rows that are not mixed."""
+    """`largest` and `plan`, as Householder has them, of N rows that are not mixed."""
     rows, ones = np.arange(N), np.ones(N)
-    return np.arange(N + 1), ones, ones, np.zeros(N), rows, ones
+    return 1, np.arange(N + 1), ones, ones, np.zeros(N), rows, ones
 
 
 def conv_wgrad(g, x, kernel, stride, padding):

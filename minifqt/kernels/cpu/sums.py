@@ -100,11 +100,12 @@ def scale_row(total, padded, K, zero, flip, ones, scale_a, scale_b, out):
 
 
 @compiled
-def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spread, taps, b,
+def correlate_images(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset, spread, taps, b,
                      stride, strip, zero, b1, scale_a, scale_b, residual, y, sums, ranges):
     """y (N, P, Q, K) = scaled Σ a·b (+ residual) for images a, summarized if `sums` is not empty.
 
-    canvases, accs  scratch of each thread: a strip of codes, integer sums of a row
+    kind, sum_kind  whose dtypes are those of a strip of codes, (tall, wide, C'), and of the sums of
+             a row, (wide · K',); sizes: these four
     taps     (R, S) of the packed b;  strip  rows of y that share a canvas
     zero     (N,) float64; b1 (P, Q · K) float64, Σ b over the taps that are present
     scale_a  (N,), scale_b (K or 1,), float64; residual (N, P, Q · K) float32 or empty
@@ -113,7 +114,8 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
     if me < 0:
         return
     N, P, Q, K = y.shape
-    canvas, acc, run, padded = canvases[me], accs[me], run_of(K), b.shape[0] * b.shape[3]
+    canvas, acc = np.empty(sizes[:3], kind.dtype), np.empty(sizes[3], sum_kind.dtype)
+    run, padded = run_of(K), b.shape[0] * b.shape[3]
     corner = (offset[0] // spread, offset[1] // spread)   # of the pixels, side by side
     flat_y, width = y.reshape(N, P * Q * K), Q * K
     s1, s2 = np.empty(run), np.empty(run)
@@ -144,13 +146,12 @@ def correlate_images(counter, canvases, accs, rows, lanes, a, flip, offset, spre
 
 
 @compiled
-def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip, offset, spread,
-                    taps, b, stride, strip, zero, b1, scale_a, scale_b, starts, root, gain, v,
+def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset, spread, taps, b,
+                    stride, strip, zero, b1, scale_a, scale_b, largest, starts, root, gain, v,
                     target, after, x, norm, floor, y, sums):
     """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
 
-    mixes (threads, rows of the largest group, strip · Q · K) float32; totals (threads, 4 runs)
-    float64
+    largest  rows of a group, at most
     starts .. after  as in mixing.reflect, where before and source are none
     x, norm, floor   as in norms.gradient_sums; x (N, P, Q · K)
     sums     (2, groups · strips, K) of each group and strip of rows
@@ -159,7 +160,9 @@ def correlate_gated(counter, canvases, accs, mixes, totals, rows, lanes, a, flip
     if me < 0:
         return
     N, P, Q, K = y.shape
-    canvas, acc, mixed, total, run = canvases[me], accs[me], mixes[me], totals[me], run_of(K)
+    canvas, acc = np.empty(sizes[:3], kind.dtype), np.empty(sizes[3], sum_kind.dtype)
+    mixed, run = np.empty((largest, strip * Q * K), np.float32), run_of(K)
+    total = np.empty(4 * run)
     padded, corner = b.shape[0] * b.shape[3], (offset[0] // spread, offset[1] // spread)
     s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
     nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
