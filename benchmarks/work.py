@@ -50,15 +50,16 @@ def correlate_images(v):
 def correlate_gated(v):
     """Unmixing is two passages of a mixed row, one of another; Σ g and Σ g · x̂ one each.
 
-    Operations as in gradient_sums.
+    Operations as in gradient_sums, and one for a residual.
     """
     work, counts = correlation(v), np.diff(v.starts)
-    mixed = int(counts[counts > 1].sum())
+    mixed, more = int(counts[counts > 1].sum()), v.residual.size > 0
     unmixed = v.y.size // len(v.y) * mixed
-    return work._replace(shape=work.shape + ", gated" + (", mixed" if mixed else ""),
-                         read=work.read + v.x.nbytes,
-                         doubles=work.doubles + 3 * v.y.size + unmixed,
-                         floats=work.floats + 7 * v.y.size)
+    return work._replace(shape=work.shape + " + residual" * more + ", gated" * (v.x.size > 0)
+                         + ", mixed" * (mixed > 0),
+                         read=work.read + v.x.nbytes + v.residual.nbytes,
+                         doubles=work.doubles + v.y.size + 2 * v.x.size + unmixed,
+                         floats=work.floats + 7 * v.x.size + more * v.y.size)
 
 
 def wgrad_images(v):

@@ -15,6 +15,7 @@ from minifqt import NonFiniteError, Streams, backend, fusion, quantizers
 from minifqt.kernels import conv, engines, norm, rounding, seen
 from minifqt.kernels.cpu import choice
 from minifqt.layers import BatchNorm2d, Conv2d, Layer, Linear, ReLU, Sequential, build
+from models.resnet_cifar import DownBlock
 
 needs_numba = pytest.mark.skipif(choice.numba is None, reason="numba is not there: nothing is lazy")
 
@@ -227,9 +228,10 @@ class Strided(Layer):
     lambda: [BatchNorm2d(8), ReLU(), ReLU(), Conv2d(8, 8, 1)],                # gated twice
     lambda: [ReLU(), BatchNorm2d(8), BatchNorm2d(8), ReLU()],                 # batch norms in a row
     lambda: [BatchNorm2d(8), Conv2d(8, 8, 1, bias=True), ReLU(), Conv2d(8, 8, 1)],
-    lambda: [Conv2d(8, 8, 1), Conv2d(8, 8, 1), ReLU()]],                      # no batch norm
+    lambda: [Conv2d(8, 8, 1), Conv2d(8, 8, 1), ReLU()],                       # no batch norm
+    lambda: [DownBlock(8, 8)]],                           # two convolutions read a batch norm
     ids=["usual", "read four times", "added", "strided", "two ReLUs", "two norms", "bias",
-         "no norm"])
+         "no norm", "shortcut"])
 def test_layers_read_in_any_way_give_the_plain_stacks_gradients(layers, recipe):
     if recipe == "sym8":
         recipe = minifqt.recipe("ptq8").replace(act="sym8", grad_w="sym8", grad_x="sym8")
@@ -435,10 +437,14 @@ def test_what_is_begun_is_rounded_at_the_end_even_after_an_error(on_threads):
 
     def two():
         found = []
-        with pytest.raises(ValueError, match="is empty"), rounding.begun():
-            found.append(p(y))
-            found.append(p(y))
-            p(empty)
+
+        def fail():
+            with rounding.begun():
+                found.extend([p(y), p(y)])
+                p(empty)
+
+        with pytest.raises(ValueError, match="is empty"):
+            fail()
         return [t.codes for t in [*found, p(y)]]
 
     for codes in on_threads(two):
@@ -579,7 +585,8 @@ def test_lazy_arrays_are_added_whichever_of_them_is_computed(left, formed):
         assert (np.asarray(total) == expected[left] + expected[right]).all()
         for array, values in zip(pair, (expected[left], expected[right]), strict=True):
             assert (np.asarray(array) == values).all()    # as it was
-        assert_summary_is_right(total)
+        if not (isinstance(total, conv.Product) and total.correlation.mix):       # not of mixed rows
+            assert_summary_is_right(total)
 
 
 @needs_numba

@@ -6,7 +6,7 @@ every axis but the one that survives in the result is contracted.
 from minifqt.backend import threads
 from minifqt.kernels.gemm import alike, products, require_shape, sums_of
 from minifqt.kernels.reference import output_size
-from minifqt.kernels.seen import Lazy, images
+from minifqt.kernels.seen import Lazy, Seen, images
 from minifqt.qtensor import QTensor, require_factorable, require_unmixed
 
 
@@ -73,23 +73,24 @@ class WeightGradient(Lazy):
 
 
 class Product(Lazy):
-    """A compiled convolution, set up and not yet computed."""
+    """A compiled convolution, set up and not yet computed, plus perhaps a residual (N, D)."""
 
-    def __init__(self, correlation):
+    def __init__(self, correlation, residual=None):
         super().__init__(correlation.shape)
-        self.correlation = correlation
+        self.correlation, self.residual = correlation, residual
 
     def form(self):
-        """Its numbers, summarized."""
-        y, mix = self.correlation.form(), self.correlation.mix
-        return y if mix is None else mix.undo(y)
+        """Its numbers, summarized unless rows were mixed."""
+        if self.correlation.mix is None:
+            return self.correlation.form(self.residual)
+        return self.correlation.form_unmixed(self.residual)[0].view(Seen)
 
     def plus(self, other):
-        """Its numbers plus others of the same shape, summarized."""
-        if self.correlation.mix is not None:
+        """A product with this residual; its numbers plus others, where it has one already."""
+        if self.residual is not None:
             return super().plus(other)
-        return self.correlation.form(images(other))
+        return Product(self.correlation, images(other))
 
     def gated(self, x, norm, floor):
         """Its numbers, and Σ g and Σ g · x̂ of them (norms.gradient_sums)."""
-        return self.correlation.form_gated(x, norm, floor)
+        return self.correlation.form_unmixed(self.residual, x, norm, floor)

@@ -21,7 +21,7 @@ from minifqt.qtensor import QTensor
 TERMS = 2**31 // (255 * 128) - 1                          # that int32 holds: 65,792
 STRIP = 1 << 17                                           # bytes of sums or codes kept in cache
 IMAGES = 16                                               # of one task of wgrad, at most
-NOTHING = np.empty((0, 0, 0), np.float32)
+NOTHING, FLOOR = np.empty((1, 0, 0), np.float32), np.float32(0)
 # Arrays whose dtypes tell a kernel what its codes, by the bytes of a packed one, and its sums are.
 KINDS = {key: np.empty(0, dtype) for key, dtype in (
     (1, "uint8"), (2, "int16"), (4, "uint32"), ("int32", "int32"), ("float32", "float32"))}
@@ -92,7 +92,7 @@ class Correlation:
         self._scales = zero, b1.reshape(P, -1), scale_a, scale_b
 
     def form(self, residual=None):
-        """The result, plus a residual (N, P, Q, K) float32 if there is one, summarized."""
+        """The result as it is, plus a residual (N, D) float32 if there is one, summarized."""
         N, P, Q, K = self.shape
         residual = NOTHING if residual is None else residual.reshape(N, P, Q * K)
         y, sums, ranges = empty(self.shape), np.empty((2, N, K)), np.empty((2, N, K), np.float32)
@@ -102,14 +102,18 @@ class Correlation:
         y.summary = Summary(ranges, sums)
         return y
 
-    def form_gated(self, x, norm, floor):
-        """The result with its rows unmixed, and Σ g, Σ g · x̂ of it gated, in parts: (2, …, C)."""
+    def form_unmixed(self, residual=None, x=NOTHING[0], norm=NOTHING[0], floor=FLOOR):
+        """Its rows unmixed, and Σ g, Σ g · x̂ gated (norms.gradient_sums), in parts: (2, …, C).
+
+        x  (N, D); without it no sums
+        """
         N, P, Q, K = self.shape
+        residual = NOTHING[0] if residual is None else residual
         largest, *mix = alone(N) if self.mix is None else (self.mix.largest, *self.mix.plan)
         strip = self._strip(2 * STRIP // (4 * largest * Q * K))           # a group's lie in cache
         y, sums = empty(self.shape), np.empty((2, (len(mix[0]) - 1) * -(-P // strip), K))
         share(correlate_gated, *self._kinds, self._sizes(strip), *self._tile, *self._image, strip,
-              *self._scales, largest, *mix, x, norm, floor, y, sums)
+              *self._scales, largest, *mix, residual, x, norm, floor, y, sums)
         return y, sums
 
     def _strip(self, rows):

@@ -148,13 +148,13 @@ def correlate_images(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offse
 @compiled
 def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset, spread, taps, b,
                     stride, strip, zero, b1, scale_a, scale_b, largest, starts, root, gain, v,
-                    target, after, x, norm, floor, y, sums):
+                    target, after, residual, x, norm, floor, y, sums):
     """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
 
     largest  rows of a group, at most
     starts .. after  as in mixing.reflect, where before and source are none
-    x, norm, floor   as in norms.gradient_sums; x (N, P, Q · K)
-    sums     (2, groups · strips, K) of each group and strip of rows
+    residual, x  (N, P · Q · K), or empty: nothing is added, no sums are wanted
+    norm, floor  as in norms.gradient_sums;  sums (2, groups · strips, K) of groups and strips
     """
     me = seat(counter)
     if me < 0:
@@ -165,7 +165,7 @@ def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset
     total = np.empty(4 * run)
     padded, corner = b.shape[0] * b.shape[3], (offset[0] // spread, offset[1] // spread)
     s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
-    nothing, flat_y, flat_x = np.empty((2, 0, K), np.float32), y.reshape(N, -1), x.reshape(N, -1)
+    nothing, flat_y = np.empty((2, 0, K), np.float32), y.reshape(N, P * Q * K)
     order, ones = np.arange(len(mixed)), np.ones(len(mixed))
     strips = (P + strip - 1) // strip
     while True:
@@ -179,7 +179,8 @@ def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset
             place(canvas, a[j], flip, top * stride // spread, corner)
             for p in range(height):
                 here = slice(at + p * Q * K, at + (p + 1) * Q * K)
-                fetch(flat_x[target[j], here])
+                fetch(x[target[j], here])
+                fetch(residual[target[j], here])
                 fetch(flat_y[target[j], here])
                 correlate_row(rows, lanes, canvas, p, offset, spread, stride, b, taps, acc)
                 scale_row(acc, padded, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
@@ -191,8 +192,13 @@ def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset
             for j in range(first, last):
                 out = flat_y[target[j], at + left:at + right]
                 reflect_row(mixed[j - first, left:right], 1.0, v[j], total, after[j], out)
-                gradient_sums_rows(out, flat_x[target[j], at + left:at + right], norm, floor, run,
-                                   s1, s2)
+                if residual.size:
+                    more = residual[target[j], at + left:at + right]
+                    for i in range(len(out)):
+                        out[i] += more[i]
+                if x.size:
+                    gradient_sums_rows(out, x[target[j], at + left:at + right], norm, floor, run,
+                                       s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
     leave(counter)
 
