@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from threading import Lock
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ except ImportError:
 
 Array: TypeAlias = Any                                    # numpy.ndarray or cupy.ndarray
 
-_blas = ThreadpoolController()
+_blas = ThreadpoolController().select(user_api="blas").lib_controllers
 _pool: ThreadPoolExecutor | None = None
 _ELEMENTS = 1 << 18                                       # in a block of elementwise work
 _LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
@@ -106,10 +107,10 @@ def map_blocks(function: Callable, count: int, size: int) -> list:
 
 def elementwise(ufunc: np.ufunc, x: np.ndarray, y, dtype="float32") -> np.ndarray:
     """ufunc(x, y) on all threads, into kept memory.  x (N, …), y a number or of x's shape."""
-    out = empty(x.shape, dtype)
+    operands, out = [np.asarray(v) if np.ndim(v) else v for v in (x, y)], empty(x.shape, dtype)
 
     def block(part):
-        ufunc(x[part], y[part] if np.ndim(y) else y, out=out[part])
+        ufunc(*(v[part] if np.ndim(v) else v for v in operands), out=out[part])
 
     map_blocks(block, len(x), max(1, len(x) * _ELEMENTS // max(1, x.size)))
     return out
@@ -153,9 +154,17 @@ def _new_memory(size):
     return memory
 
 
+@contextmanager
 def one_blas_thread():
-    """Context in which BLAS runs on the calling thread: its own spin after work and eat a core."""
-    return _blas.limit(limits=1, user_api="blas")
+    """Inside, BLAS runs on the calling thread: its own spin after work and eat a core."""
+    before = [library.get_num_threads() for library in _blas]
+    for library in _blas:                                 # by hand: limit() looks at them all anew
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, count in zip(_blas, before, strict=True):
+            library.set_num_threads(count)
 
 
 def segment_sum(x: Array, starts: Array) -> Array:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from given import Given
 from operands import assert_same_bits, codes, four_products, geometry
+from threadpoolctl import threadpool_limits
 
 from minifqt import NonFiniteError, QTensor, Streams, backend, layers, quantizers
 from minifqt.kernels import blas, engines, norm, reference, rounding
@@ -230,6 +231,16 @@ def test_blocks_come_back_in_order_and_cover_everything(on_threads):
 def test_less_than_one_thread_raises():
     with pytest.raises(ValueError, match="0 threads: at least 1 is needed"):
         backend.set_threads(0)
+
+
+def test_blas_has_one_thread_inside_and_its_own_again_behind():
+    def counts():
+        return {library.get_num_threads() for library in backend._blas}
+
+    with threadpool_limits(2, user_api="blas"):
+        with backend.one_blas_thread():
+            assert counts() == {1}
+        assert counts() == {2}
 
 
 # ---- quantizers in blocks, and sums over batch and pixels ----------------------------------------
