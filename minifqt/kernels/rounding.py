@@ -110,6 +110,7 @@ def row_parts(x: Array) -> Array:
         parts = np.empty((2, len(x), max(1, 64 // len(x))), np.float32)   # for threads to share
         run_for(x)(codes.row_ranges, np.ascontiguousarray(x), *parts)
         return parts
+    x = np.asarray(x)                                     # a Seen costs Python time at each call
 
     def block(at):
         return x[at].min(axis=1, keepdims=True), x[at].max(axis=1, keepdims=True)
@@ -182,20 +183,20 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
             end = x.rounded(rounding, out.reshape(len(x), -1))
             end() if _now.ends is None else _now.ends.append(end)
         return out.view(dtype)
-    x, h = np.asarray(x), stream.bits(shape).reshape(x.shape)
-
-    out = empty(x.shape, dtype)
+    x, h, out = np.asarray(x), stream.bits(shape).reshape(x.shape), empty(x.shape, dtype)
+    anchored, signed = code.any(), lowest < 0
 
     def block(at):
         part, rows = x[at], at[0]
         v = np.subtract(part, shift[rows, None], out=empty(part.shape))
         v *= inv[rows, None]
         np.rint(v, out=v)
-        v += code[rows, None]
+        if anchored:
+            v += code[rows, None]
         np.clip(v, lowest, highest, out=v)
         v += h[at]                                        # integers below 2²⁴: exact
         v *= np.float32(1 / UNIT)
-        out[at] = np.floor(v, out=v)
+        out[at] = np.floor(v, out=v) if signed else v     # the cast cuts what is behind the point
 
     _in_blocks(block, x.shape)
     return out

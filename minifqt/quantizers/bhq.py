@@ -242,7 +242,8 @@ class Householder:
 
     def _by_columns(self, x, rows, function):
         """function of (N, columns), float64, put into these rows and rounded once to x's dtype."""
-        xp, flat = array_module(x), x.reshape(len(x), -1)
+        xp = array_module(x)
+        flat = (np.asarray(x) if xp is np else x).reshape(len(x), -1)
         out = empty(flat.shape, x.dtype, xp)
 
         def block(columns):
