@@ -98,8 +98,9 @@ class FusedReLU(ReLU):
             x = x.array() if isinstance(x, Lazy) else x
             if not in_numpy(x):
                 return super().forward(x)
-            self.save(elementwise(np.greater, x, 0, bool))
-            return elementwise(np.maximum, x, 0)
+            y, above = norm.rectify(x)
+            self.save(above)
+            return y
         y = x.rectified()
         self.save(y)
         return y
@@ -127,7 +128,7 @@ class Gated(Lazy):
 def in_numpy(x):
     """Whether these are float32 numbers on a CPU that nothing compiled takes."""
     return (isinstance(x, np.ndarray) and array_module(x) is np and x.dtype == np.float32
-            and not suits(x))
+            and x.size > 0 and not suits(x))
 
 
 FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU}

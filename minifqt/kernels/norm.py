@@ -77,6 +77,22 @@ def normalize(x: Array, mean: Array, inv_std: Array, weight: Array, bias: Array)
     return y
 
 
+def rectify(x: np.ndarray) -> tuple[Seen, np.ndarray]:
+    """max(x, 0), which knows its ranges, and where x > 0.  (N, …) float32 on a CPU."""
+    y, above, ranges = empty(x.shape), empty(x.shape, bool), np.empty((2, len(x), 1), np.float32)
+    rows, out, mask = (v.reshape(len(x), -1) for v in (np.asarray(x), y, above))
+
+    def block(part):
+        np.greater(rows[part], 0, out=mask[part])
+        v = np.maximum(rows[part], 0, out=out[part])
+        ranges[:, part] = v.min(axis=1, keepdims=True), v.max(axis=1, keepdims=True)
+
+    map_blocks(block, len(rows), max(1, _BLOCK // rows.shape[1]))
+    y = y.view(Seen)
+    y.summary = Summary(ranges, None)
+    return y, above
+
+
 def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
              weight: Array) -> tuple[Array, Array, Array]:
     """dx, dweight, dbias of `normalize` where mean and inv_std are those of x itself.
@@ -214,7 +230,8 @@ def _wide(x):
 
     Long runs, so that per-channel factors repeat inside them.
     """
-    return x.reshape(-1, x.shape[-2] * x.shape[-1]) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
+    width = x.shape[-2] * x.shape[-1] if x.ndim == 4 else x.shape[-1]
+    return np.asarray(x).reshape(-1, width)
 
 
 def _tile(v, x):
