@@ -585,7 +585,7 @@ def test_lazy_arrays_are_added_whichever_of_them_is_computed(left, formed):
         assert (np.asarray(total) == expected[left] + expected[right]).all()
         for array, values in zip(pair, (expected[left], expected[right]), strict=True):
             assert (np.asarray(array) == values).all()    # as it was
-        if not (isinstance(total, conv.Product) and total.correlation.mix):       # not of mixed rows
+        if not (isinstance(total, conv.Product) and total.correlation.mix):   # of mixed rows: none
             assert_summary_is_right(total)
 
 
@@ -665,10 +665,11 @@ def test_in_numpy_a_rectified_array_knows_its_ranges(shape, on_threads):
         assert (y == np.maximum(x, 0)).all()
         assert (above == (x > 0)).all()
         flat = np.asarray(y).reshape(len(x), -1)
-        low, high = rounding.known_ranges(y, len(x))
+        (low, high), _ = rounding.joined(rounding.known_parts(y, len(x)))
         assert (low == flat.min(axis=1, keepdims=True)).all()
         assert (high == flat.max(axis=1, keepdims=True)).all()
-        assert [v.item() for v in rounding.known_ranges(y, 1)] == [0, x.max()]
+        ranges, _ = rounding.joined(rounding.known_parts(y, 1))
+        assert ranges.reshape(-1).tolist() == [0, x.max()]
 
 
 # ---- memory --------------------------------------------------------------------------------------
