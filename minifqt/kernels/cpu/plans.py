@@ -129,19 +129,24 @@ def normalized_ranges(ranges, mean, inv_std, weight, bias, floor, out):
 
 
 @compiled
-def pack(w, down, right, out):
+def pack(w, turned, down, right, out):
     """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group), absent codes 0.
 
+    turned  w lies as (C, R, S, K), its taps from last to first
     down, right  (R,), (S,) order of the packed taps
     """
     (K, R, S, C), (_, _, words, lanes, group) = w.shape, out.shape
+    if turned:
+        K, C = C, K
     if K % lanes or C % group:
         out[:] = 0
     for first in range(0, K, lanes):
         width = min(lanes, K - first)
         for r in range(R):
             for s in range(S):
-                tap = w[first:first + width, down[r], right[s]]
+                y, x = down[r], right[s]
+                tap = (w[:, R - 1 - y, S - 1 - x, first:first + width].T if turned else
+                       w[first:first + width, y, x])
                 place = out[first // lanes, r, s * (words // S):]
                 for i in range(group):                    # short strides innermost
                     for word in range((C - i + group - 1) // group):
@@ -150,19 +155,21 @@ def pack(w, down, right, out):
 
 
 @compiled
-def sums_of_present_taps(w, size, offset, spread, stride, out):
+def sums_of_present_taps(w, turned, size, offset, spread, stride, out):
     """out (P, Q, K) = Σ of the taps of w (K, R, S, C) that meet a pixel, offset + spread · p.
 
-    size  of the image whose pixels they are
+    turned  as in pack;  size  of the image whose pixels they are
     """
     (K, R, S, C), (P, Q, _) = w.shape, out.shape
+    if turned:
+        K, C = C, K
     taps, rows = np.zeros((R, S, K)), np.empty((S, K))
     for r in range(R):
         for s in range(S):
             tap = taps[r, s]
             for c in range(C):
                 for k in range(K):
-                    tap[k] += w[k, r, s, c]
+                    tap[k] += w[c, R - 1 - r, S - 1 - s, k] if turned else w[k, r, s, c]
     for p in range(P):
         rows[:] = 0
         for r in range(R):
@@ -191,7 +198,9 @@ def finish_wgrad(total, x1, g1, tasks, N, flip_g, flip_x, present, ends, out):
     """
     (K, R, S, C), moved_g, moved_x = out.shape, np.int64(flip_g), -np.int64(flip_x)
     zero_g, zero_x, scale_g, scale_x = np.empty(K), np.empty(C), np.empty(K), np.empty(C)
-    zero_g[:], zero_x[:], scale_g[:], scale_x[:] = ends
+    for each, one in zip((zero_g, zero_x, scale_g, scale_x), ends):  # noqa: B905 - numba has no strict
+        for i in range(len(each)):
+            each[i] = one[i if len(one) > 1 else 0]
     both, gs, row = np.empty(K, np.int64), np.empty(K, np.int64), np.empty(K, np.float32)
     for r in range(R):
         for s in range(S):

@@ -87,7 +87,7 @@ class Correlation:
         self._taps, b1 = (R, S), np.empty((P, 0), dtype)
         if flip or zero.any():
             b1 = empty((P, Q, K), "float64")
-            plans.sums_of_present_taps(w, a.shape[1:3], offset, spread, stride, b1)
+            plans.sums_of_present_taps(*lying(w), a.shape[1:3], offset, spread, stride, b1)
         self._image = codes, flip, offset, spread, (R, S), packed, stride
         self._scales = zero, b1.reshape(P, -1), scale_a, scale_b
 
@@ -231,8 +231,13 @@ def pack(w, isa, spread=1):
     (K, R, S, C), lanes = w.shape, isa.lanes
     words = -(-C // isa.group) * S
     packed = empty((-(-K // lanes), R, words, lanes, isa.group), isa.dtype)
-    plans.pack(w, by_remainder(R, spread), by_remainder(S, spread), packed)
+    plans.pack(*lying(w), by_remainder(R, spread), by_remainder(S, spread), packed)
     return packed
+
+
+def lying(w):
+    """w as it lies in memory, and whether dgrad has turned it: one kind of array to compile for."""
+    return (w, False) if w.flags.c_contiguous else (w.swapaxes(0, 3)[:, ::-1, ::-1], True)
 
 
 @cache

@@ -42,7 +42,9 @@ def wgrad_images(counter, kind, rows, lanes, g, flip_g, x, flip_x, offset, strid
         if task >= tasks:
             break
         if done[1 + me] == 0:
-            mine[:], x1[me], g1[me:me + 1] = 0, 0, 0
+            for part in (mine, x1[me].reshape(-1), g1[me:me + 1].reshape(-1)):
+                for i in range(len(part)):
+                    part[i] = 0
         sums[:], seen[:] = 0, 0
         start, top = task // strips * images, task % strips * strip
         height, count = min(strip, P - top), min(images, N - start)
