@@ -70,7 +70,8 @@ def draw(runs, path):
     if not found:
         raise ValueError("no finished run has a curve: older results have only its end.")
     columns = bits_of(found) or [None]
-    figure = Figure((2.2 * len(columns) + 1, 5), dpi=150, layout="constrained", facecolor="white")
+    size = max(6, 2.2 * len(columns) + 1), 5              # room for the legend
+    figure = Figure(size, dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
     for (name, bits), of_one in found.items():
         label, colour, _ = QUANTIZERS.get(name, (name, "0" if name == "fp32" else "0.6", ""))
