@@ -21,7 +21,7 @@ from minifqt.quantizers import affine
 from minifqt.rng import Stream
 
 pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
-from minifqt.kernels.cpu import plans, products  # noqa: E402 - numba is there
+from minifqt.kernels.cpu import choice, plans, products  # noqa: E402 - numba is there
 
 SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
 BITS = range(2, 9)
@@ -421,6 +421,16 @@ def test_compiled_ranges_of_parts_are_joined_as_by_numpy(bad, both_ways):
         assert fast[1] == plain[1] == (bad is None)
         usual = slice(N if bad is None else N - 1)
         assert_same_bits([fast[0][:, usual]], [plain[0][:, usual]])
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3, 8), (16, 1, 1, 3), (7, 5, 3, 5)])
+def test_codes_that_are_absent_are_packed_as_zeros(shape, instructions, monkeypatch):
+    monkeypatch.setattr(products, "empty", lambda shape, dtype: np.full(shape, 7, dtype))
+    w = np.ones(shape, np.int8)
+    for one in (w, w[:, ::-1, ::-1].swapaxes(0, 3)):      # as fprop packs them, as dgrad does
+        packed = products.pack(one, choice.ISAS[instructions])
+        assert set(packed.flat) <= {0, 1}
+        assert packed.sum() == w.size
 
 
 # ---- norms and row mixing ------------------------------------------------------------------------

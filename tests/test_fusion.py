@@ -570,6 +570,14 @@ def test_a_lazy_array_equals_its_array_in_every_function(function):
 
 
 @needs_numba
+@pytest.mark.parametrize("which", range(7))
+def test_a_lazy_sum_is_added_to(which):
+    lazy, values = lazy_arrays()[which], np.array(lazy_arrays()[which])
+    one, other = np.random.default_rng(2).standard_normal((2, *lazy.shape), "float32")
+    assert (np.asarray((lazy + one) + other) == (values + one) + other).all()
+
+
+@needs_numba
 @pytest.mark.parametrize("formed", [*product((False, True), repeat=2)])
 @pytest.mark.parametrize("left", range(7))
 def test_lazy_arrays_are_added_whichever_of_them_is_computed(left, formed):
