@@ -14,11 +14,11 @@ if choice.numba is not None:
     from numba import njit
 
     from minifqt.kernels.cpu import noise, team
+    from minifqt.kernels.cpu.board import leave, seat, take
     from minifqt.kernels.cpu.choice import ISAS, ROWS, WORD
-    from minifqt.kernels.cpu.team import leave, seat, take
     from minifqt.kernels.cpu.tiles import tile
 
-    # No cache on disk: numba would not notice that team.py or tiles.py has changed.
+    # No cache on disk: numba would not notice that board.py or tiles.py has changed.
     compiled = njit(nogil=True, error_model="numpy")
 else:
     def compiled(function):
@@ -115,7 +115,7 @@ def multiply(counter, tasks, rows, lanes, a, b, out):
     while take(counter) < tasks:
         tile(rows, lanes, b, left, WORDS * WORD, right, sums, len(lanes),
              ((TURNS, 0, 0), (1, 0, 0), (WORDS, WORD, len(lanes) * WORD)), ())
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -133,7 +133,7 @@ def read_parts(counter, x, rounds, sums):
         for i in range(len(part)):
             total += part[i]
     sums[me] = total
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -151,7 +151,7 @@ def copy_parts(counter, x, y, rounds):
         source, target = x[start:start + PART], y[start:start + PART]
         for i in range(len(source)):
             target[i] = source[i] + 1
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -165,7 +165,7 @@ def draw(counter, tasks, key, words):
         if task >= tasks:
             break
         noise.philox_blocks(key, 0, task * noise.BLOCKS, noise.BLOCKS, words[me])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -180,4 +180,4 @@ def scale(counter, tasks, turns, x, y):
             factor = 1.0 + turn
             for i in range(len(source)):
                 target[i] = source[i] * factor
-    leave(counter)
+    leave(counter, me)

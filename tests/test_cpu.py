@@ -199,14 +199,6 @@ def test_two_python_threads_may_multiply_at_once():
 # ---- weight gradients under way ------------------------------------------------------------------
 
 
-@pytest.fixture
-def set_threads():
-    """backend.set_threads, undone behind the test."""
-    before = backend.threads()
-    yield backend.set_threads
-    backend.set_threads(before)
-
-
 def gradient_operands(rng, real):
     """g, x and how wgrad is called with them."""
     x, w, y, stride, padding = SIZES[str(rng.choice(list(SIZES)))]
@@ -254,22 +246,6 @@ def test_a_weight_gradient_that_nobody_reads_lets_all_go(threads, real, set_thre
     assert alive() is None
     started = set(threading.enumerate()) - members
     assert len(started) < threads
-
-
-def test_threads_of_the_team_are_started_once(set_threads):
-    x, y = np.random.default_rng(0).standard_normal((2, 9, 2, 2, 16), dtype="float32")
-
-    def team():
-        return sorted(id(t) for t in threading.enumerate() if t.name == "minifqt.team")
-
-    set_threads(4)
-    seen.add(x, y)
-    before = team()
-    for count in (1, 4, 2, 3, 4):
-        set_threads(count)
-        assert (np.asarray(seen.add(x, y)) == x + y).all()
-    assert team() == before
-    assert len(before) >= 3
 
 
 # ---- noise and rounding --------------------------------------------------------------------------

@@ -5,9 +5,9 @@ with the noise of noise.py: the codes are the same bits. Next: norms.py.
 """
 import numpy as np
 
+from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.noise import BLOCKS, CHUNK, noise_of
-from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
 
 # The range of no number, as `widen` takes it.
@@ -61,7 +61,7 @@ def round_rows(counter, x, beside, shift, inv, code, lowest, highest, key, step,
         noise = noise_of(key, step, n * D + start, stop - start, constant, words)
         round_run(x[n, start:stop], noise, shift[n], inv[n], code[n], lowest, highest,
                   out[n, start:stop])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -84,7 +84,7 @@ def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest,
             noise = noise_of(key, step, n * D + start, stop - start, constant, words)
             round_run(y[:stop - start], noise, shift, inv, code, lowest, highest,
                       out[n, start:stop])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -130,7 +130,7 @@ def row_ranges(counter, x, low, high):
         n, part = task // parts, task % parts
         start = min(part * D // parts, D - 1)
         low[n, part], high[n, part] = row_range(x[n, start:max(start + 1, (part + 1) * D // parts)])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled

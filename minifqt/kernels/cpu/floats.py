@@ -8,9 +8,10 @@ import numpy as np
 
 from minifqt.backend import empty, threads
 from minifqt.kernels.cpu import choice
+from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import ROWS, WORD, compiled
 from minifqt.kernels.cpu.sums import place
-from minifqt.kernels.cpu.team import begin, leave, seat, share, take
+from minifqt.kernels.cpu.team import begin, share
 from minifqt.kernels.cpu.tiles import tile
 
 PARTS, PART = 16, 1 << 24                                 # partial sums, and numbers in all of them
@@ -76,7 +77,7 @@ def wgrad_parts(counter, canvases, places, rows, lanes, g, x, wide, offset, stri
                         for k in range(0, padded, len(lanes)):
                             tile(rows, lanes, parts, a, WORD, spots.ctypes.data + k * WORD,
                                  sums[r, word, k:].ctypes.data, padded, loops, (0,))
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -99,7 +100,7 @@ def add_parts(counter, parts, total):
                 exact[k] += part[k]
         for k in range(K):
             total[r, word, k] = exact[k]
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -115,4 +116,4 @@ def dequantize(counter, codes, zero, scale, out):
         source, target = codes[start:start + BLOCK], out[start:start + BLOCK]
         for i in range(len(source)):
             target[i] = (source[i] - zero) * scale
-    leave(counter)
+    leave(counter, me)

@@ -8,10 +8,10 @@ dtype make the epilogue float32. Who calls, and with what: products.py. Next: wg
 """
 import numpy as np
 
+from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
 from minifqt.kernels.cpu.norms import fold, gradient_sums_rows, run_of, summarize_run
-from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import fetch, tile
 
 
@@ -142,7 +142,7 @@ def correlate_images(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offse
                     summarize_run(out, run, s1, s2, low, high)
         if sums.size:
             fold(s1, s2, low, high, K, n, sums, ranges)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -200,7 +200,7 @@ def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset
                     gradient_sums_rows(out, x[target[j], at + left:at + right], norm, floor, run,
                                        s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -219,4 +219,4 @@ def gemm_rows(counter, rows, lanes, a, b, out):
                  b.ctypes.data + block * words * len(lanes) * WORD,
                  out.ctypes.data + 4 * (task * len(rows) * out.shape[1] + block * len(lanes)),
                  out.shape[1], ((1, 0, 0), (1, 0, 0), (words, WORD, len(lanes) * WORD)), ())
-    leave(counter)
+    leave(counter, me)

@@ -5,10 +5,10 @@ g as words of a few pixels. Of floats: floats.py. Who calls, and with what: prod
 """
 import numpy as np
 
+from minifqt.kernels.cpu.board import add, leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.plans import finish_wgrad
 from minifqt.kernels.cpu.sums import place
-from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import tile, turn16, words16
 
 
@@ -82,9 +82,9 @@ def wgrad_images(counter, kind, rows, lanes, g, flip_g, x, flip_x, offset, strid
         for i in range(len(flat)):                        # int32 holds the sums of one task
             mine[i] += flat[i]
         done[1 + me] += 1
-        if take(done) == tasks - 1:                       # nobody else is at work any more
+        if add(done.ctypes.data, 0, 1) == tasks - 1:      # nobody else is at work any more
             finish_wgrad(total, x1, g1, done[1:], N, flip_g, flip_x, present, ends, dw)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
