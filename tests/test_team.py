@@ -102,6 +102,7 @@ def test_who_is_at_something_begun_helps_with_what_is_shared_and_comes_back(set_
     set_threads(2)
     begun = operands(2000, 2, work=20_000)
     end = team.begin(count, *begun)
+    assert until(lambda: begun[4].any())
     helped = 0
     for _ in range(300):
         given = operands(8, 2, work=20_000)

@@ -124,17 +124,23 @@ def _post(context, builder, room):
     packed = ir.LiteralStructType(kinds)
     if context.get_abi_sizeof(packed) > ROOM:
         raise NotImplementedError(f"{kernel.name}: more arguments than a room holds.")
-    builder.store(cgutils.pack_struct(builder, given), builder.inttoptr(room, packed.as_pointer()))
+    for i, value in enumerate(given):
+        builder.store(value, _field(builder, room, packed, i))
     posted = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [I64]),
                          kernel.name + ".posted")
     posted.linkage = "internal"
     inside.position_at_end(posted.append_basic_block())
-    again = inside.load(inside.inttoptr(posted.args[0], packed.as_pointer()))
     kernel.attributes.add("noinline")                     # or all of it would be compiled twice
     inside.call(kernel, [inside.bitcast(inside.alloca(I64, 4), value.type) for value in unread]
-                + [inside.extract_value(again, i) for i in range(len(given))])
+                + [inside.load(_field(inside, posted.args[0], packed, i))
+                   for i in range(len(given))])
     inside.ret_void()
     return builder.ptrtoint(posted, I64)
+
+
+def _field(builder, address, struct, i):
+    place = [ir.Constant(ir.IntType(32), n) for n in (0, i)]
+    return builder.gep(builder.inttoptr(address, struct.as_pointer()), place)
 
 
 @compiled
