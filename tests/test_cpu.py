@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from minifqt.quantizers import affine
 from minifqt.rng import Stream
 
 pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
-from minifqt.kernels.cpu import choice, plans, products  # noqa: E402 - numba is there
+from minifqt.kernels.cpu import choice, packing, plans, products  # noqa: E402 - numba is there
 
 SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
 BITS = range(2, 9)
@@ -401,10 +402,11 @@ def test_compiled_ranges_of_parts_are_joined_as_by_numpy(bad, both_ways):
 
 @pytest.mark.parametrize("shape", [(5, 3, 3, 8), (16, 1, 1, 3), (7, 5, 3, 5)])
 def test_codes_that_are_absent_are_packed_as_zeros(shape, instructions, monkeypatch):
-    monkeypatch.setattr(products, "empty", lambda shape, dtype: np.full(shape, 7, dtype))
-    w = np.ones(shape, np.int8)
-    for one in (w, w[:, ::-1, ::-1].swapaxes(0, 3)):      # as fprop packs them, as dgrad does
-        packed = products.pack(one, choice.ISAS[instructions])
+    dirty = SimpleNamespace(empty=lambda shape, dtype: np.full(shape, 7, dtype))
+    monkeypatch.setattr(packing, "np", dirty)
+    w, isa = np.ones(shape, np.int8), choice.ISAS[instructions]
+    for by_dgrad in (False, True):
+        packed = packing.packed.py_func(w, by_dgrad, 1, np.empty(0, isa.dtype), (0,) * isa.lanes)
         assert set(packed.flat) <= {0, 1}
         assert packed.sum() == w.size
 
