@@ -67,6 +67,20 @@ def test_compiled_products_equal_the_reference_for_each_shape_and_kind_of_codes(
     assert not sent_to_blas
 
 
+@pytest.mark.parametrize("name", choice.supported()[:-1])
+@pytest.mark.parametrize("many", [True, False])
+def test_tiles_for_many_registers_and_for_few(many, name, set_instructions, monkeypatch):
+    """AVX-512 has 32 vector registers, AVX2 alone 16: rows of two vectors are 8, or 4."""
+    set_instructions(name)
+    monkeypatch.setitem(choice._features, "avx512vl", many)
+    rows, vectors = choice.isa().tile
+    assert len(vectors) * len(vectors[0]) == 16
+    assert len(rows) == (4 if len(vectors) == 2 and not many else 8)
+    for seed in range(8):
+        assert_same_bits(four_products(np.random.default_rng(seed), products, weights),
+                         four_products(np.random.default_rng(seed), reference, weights))
+
+
 @pytest.mark.parametrize("strip", [1, 100, 700])
 def test_images_larger_than_a_cache_are_cut_into_strips(strip, instructions, monkeypatch):
     monkeypatch.setattr(products, "STRIP", strip)
@@ -406,7 +420,7 @@ def test_codes_that_are_absent_are_packed_as_zeros(shape, instructions, monkeypa
     monkeypatch.setattr(packing, "np", dirty)
     w, isa = np.ones(shape, np.int8), choice.ISAS[instructions]
     for by_dgrad in (False, True):
-        packed = packing.packed.py_func(w, by_dgrad, 1, np.empty(0, isa.dtype), (0,) * isa.lanes)
+        packed = packing.packed.py_func(w, by_dgrad, 1, np.empty(0, isa.dtype), isa.tile[1])
         assert set(packed.flat) <= {0, 1}
         assert packed.sum() == w.size
 

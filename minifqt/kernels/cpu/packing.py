@@ -6,15 +6,16 @@ Next: sums.py.
 import numpy as np
 
 from minifqt.kernels.cpu.choice import WORD, compiled
+from minifqt.kernels.cpu.tiles import lanes_of
 
 
 @compiled
-def prepared(w, turned, spread, kinds, lanes, flip, zero, K, down, right):
+def prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right):
     """Weights `packed`, and their `sums_of_present_taps` or, if no zero asks for them, (kinds, 0).
 
     kinds, flip, zero  as in sums.correlate_images
     """
-    b = packed(w, turned, spread, kinds[1], lanes)
+    b = packed(w, turned, spread, kinds[1], vectors)
     if flip or zero.any():
         return b, sums_of_present_taps(b, spread, K, down, right, kinds[3])
     return b, np.empty((len(down), 0), kinds[3].dtype)
@@ -31,13 +32,13 @@ def rank(tap, spread, taps):
 
 
 @compiled
-def packed(w, turned, spread, like, lanes):
+def packed(w, turned, spread, like, vectors):
     """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group), absent codes 0.
 
     turned  w lies as (C, R, S, K), its taps from last to first, as dgrad reads it
-    like    an array of packed codes (tiles.tile)
+    like, vectors  as tiles.tile takes them
     """
-    (K, R, S, C), width, group = w.shape, len(lanes), WORD // like.itemsize
+    (K, R, S, C), width, group = w.shape, lanes_of(vectors), WORD // like.itemsize
     if turned:
         K, C = C, K
     words = (C + group - 1) // group                      # of a tap

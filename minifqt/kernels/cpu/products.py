@@ -10,7 +10,6 @@ import numpy as np
 from minifqt.backend import empty, threads
 from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice, floats
-from minifqt.kernels.cpu.choice import ROWS
 from minifqt.kernels.cpu.sums import correlate_gated, correlate_images, gemm_rows
 from minifqt.kernels.cpu.team import begin, share
 from minifqt.kernels.cpu.wgrad import wgrad_images
@@ -77,7 +76,7 @@ class Correlation:
         isa = choice.isa() if a.is_integer else choice.floats()
         present = present_taps(a.shape[1:3], w.shape[1:3], offset, spread, stride, out)
         codes, flip = codes_of(a), FLIPS[a.codes.dtype.char]
-        self._operands = (KINDS[isa.dtype.__name__], ROWS, (0,) * isa.lanes, codes, flip,
+        self._operands = (KINDS[isa.dtype.__name__], *isa.tile, codes, flip,
                           *(v.reshape(-1) for v in (a.zero, a.scale)),
                           np.ascontiguousarray(w.codes), turned, w.scale.reshape(-1),
                           offset, spread, stride, *present)
@@ -152,7 +151,7 @@ def begin_wgrad(g, x, kernel, stride, padding):
     g1 = np.zeros((threads() * needs_g1, *g.shape[1:]), np.int64)
     ends = tuple(v.reshape(-1).astype("float64") for v in (g.zero, x.zero, g.scale, x.scale))
     dw = empty((K, *kernel, C))
-    end = begin(wgrad_images, np.empty(0, isa.dtype), ROWS, (0,) * isa.lanes, codes_of(g), flip_g,
+    end = begin(wgrad_images, np.empty(0, isa.dtype), *isa.tile, codes_of(g), flip_g,
                 codes_of(x), flip_x, (padding, padding), stride, kernel, sizes, *totals, g1,
                 np.zeros(threads() + 1, np.int64), present, ends, dw)
 
@@ -190,7 +189,7 @@ def matmul(a, b):
     left.reshape(len(left), -1)[:M, :K] = codes_of(a) ^ flip_a
     signed = (codes_of(b) ^ flip_b).view(np.int8)
     out = np.empty((len(left), -(-J // isa.lanes) * isa.lanes), np.int32)
-    share(gemm_rows, ROWS, (0,) * isa.lanes, left, signed.reshape(J, 1, 1, K), out)
+    share(gemm_rows, *isa.tile, left, signed.reshape(J, 1, 1, K), out)
     a1 = (codes_of(a) ^ flip_a).sum(axis=1, dtype="float64")[:, None]
     b1 = signed.sum(axis=1, dtype="float64")
     terms = blas.Terms(a, b, turn_b=first_to_last, centres=(-int(flip_a), int(flip_b)))

@@ -13,7 +13,7 @@ from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
 from minifqt.kernels.cpu.norms import fold, gradient_sums_rows, run_of, summarize_run
 from minifqt.kernels.cpu.packing import packed, prepared, rank
-from minifqt.kernels.cpu.tiles import fetch, tile
+from minifqt.kernels.cpu.tiles import fetch, lanes_of, tile
 
 
 @compiled
@@ -68,7 +68,7 @@ def scratch(kinds, strip, Q, taps, spread, stride, b, M):
 
 
 @compiled
-def correlate_row(rows, lanes, canvas, y, offset, spread, stride, b, taps, sums):
+def correlate_row(rows, vectors, canvas, y, offset, spread, stride, b, taps, sums):
     """Sums of row y of the pixels under a canvas: sums (pixels · K',).
 
     b, packed: blocks of K, filter rows, words of a filter row, lanes, group; taps as in taps_at
@@ -84,7 +84,7 @@ def correlate_row(rows, lanes, canvas, y, offset, spread, stride, b, taps, sums)
         for block in range(blocks):
             weights = b.ctypes.data + (block * R + r) * line + s * line // S
             for i in range(0, len(sums) // padded // spread, M):
-                tile(rows, lanes, b, start + i * stride * pixel, stride * pixel, weights,
+                tile(rows, vectors, b, start + i * stride * pixel, stride * pixel, weights,
                      sums.ctypes.data + 4 * ((i * spread + phase) * padded + block * width),
                      spread * padded, loops, ())
 
@@ -117,7 +117,7 @@ def scale_row(total, padded, K, zero, flip, ones, scale_a, scale_b, out):
 
 
 @compiled
-def correlate_images(counter, kinds, rows, lanes, a, flip, zero, scale_a, w, turned, scale_b,
+def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, turned, scale_b,
                      offset, spread, stride, down, row_kind, right, strip, residual, y, sums,
                      ranges):
     """y (N, P, Q, K) = scaled Σ a·w (+ residual) for images a, summarized if `sums` is not empty.
@@ -131,7 +131,7 @@ def correlate_images(counter, kinds, rows, lanes, a, flip, zero, scale_a, w, tur
     if me < 0:
         return
     (N, P, Q, K), taps = y.shape, (down.shape[1], right.shape[1])
-    b, b1 = prepared(w, turned, spread, kinds, lanes, flip, zero, K, down, right)
+    b, b1 = prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right)
     canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, len(rows))
     run, padded = run_of(K), b.shape[0] * b.shape[3]
     corner = (offset[0] // spread, offset[1] // spread)   # of the pixels, side by side
@@ -150,7 +150,7 @@ def correlate_images(counter, kinds, rows, lanes, a, flip, zero, scale_a, w, tur
                 fetch(out)
                 if residual.size:
                     fetch(residual[n, p])
-                correlate_row(rows, lanes, canvas, p - top, offset, spread, stride, b, taps, acc)
+                correlate_row(rows, vectors, canvas, p - top, offset, spread, stride, b, taps, acc)
                 scale_row(acc, padded, K, zero[n % len(zero)], flip, b1[row_kind[p]],
                           scale_a[n % len(scale_a)], scale_b, out)
                 if residual.size:
@@ -165,7 +165,7 @@ def correlate_images(counter, kinds, rows, lanes, a, flip, zero, scale_a, w, tur
 
 
 @compiled
-def correlate_gated(counter, kinds, rows, lanes, a, flip, zero, scale_a, w, turned, scale_b,
+def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, turned, scale_b,
                     offset, spread, stride, down, row_kind, right, strip, largest, starts, root,
                     gain, v, target, after, residual, x, norm, floor, y, sums):
     """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
@@ -179,7 +179,7 @@ def correlate_gated(counter, kinds, rows, lanes, a, flip, zero, scale_a, w, turn
     if me < 0:
         return
     (N, P, Q, K), taps = y.shape, (down.shape[1], right.shape[1])
-    b, b1 = prepared(w, turned, spread, kinds, lanes, flip, zero, K, down, right)
+    b, b1 = prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right)
     canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, len(rows))
     mixed, run = np.empty((largest, strip * Q * K), np.float32), run_of(K)
     total = np.empty(4 * run)
@@ -202,7 +202,7 @@ def correlate_gated(counter, kinds, rows, lanes, a, flip, zero, scale_a, w, turn
                 fetch(x[target[j], here])
                 fetch(residual[target[j], here])
                 fetch(flat_y[target[j], here])
-                correlate_row(rows, lanes, canvas, p, offset, spread, stride, b, taps, acc)
+                correlate_row(rows, vectors, canvas, p, offset, spread, stride, b, taps, acc)
                 scale_row(acc, padded, K, zero[j % len(zero)], flip, b1[row_kind[top + p]],
                           scale_a[j % len(scale_a)], scale_b,
                           mixed[j - first, p * Q * K:(p + 1) * Q * K])
@@ -225,20 +225,20 @@ def correlate_gated(counter, kinds, rows, lanes, a, flip, zero, scale_a, w, turn
 
 
 @compiled
-def gemm_rows(counter, rows, lanes, a, w, out):
+def gemm_rows(counter, rows, vectors, a, w, out):
     """out (M, J') = a wᵀ for a (M, words of K, group), w (J, 1, 1, K), J' whole vectors.  int32."""
     me = seat(counter)
     if me < 0:
         return
-    b = packed(w, False, 1, a, lanes)
+    b, lanes = packed(w, False, 1, a, vectors), lanes_of(vectors)
     M, words = a.shape[:2]
     while True:
         task = take(counter)
         if task >= M // len(rows):
             break
         for block in range(b.shape[0]):
-            tile(rows, lanes, b, a.ctypes.data + task * len(rows) * words * WORD, words * WORD,
-                 b.ctypes.data + block * words * len(lanes) * WORD,
-                 out.ctypes.data + 4 * (task * len(rows) * out.shape[1] + block * len(lanes)),
-                 out.shape[1], ((1, 0, 0), (1, 0, 0), (words, WORD, len(lanes) * WORD)), ())
+            tile(rows, vectors, b, a.ctypes.data + task * len(rows) * words * WORD, words * WORD,
+                 b.ctypes.data + block * words * lanes * WORD,
+                 out.ctypes.data + 4 * (task * len(rows) * out.shape[1] + block * lanes),
+                 out.shape[1], ((1, 0, 0), (1, 0, 0), (words, WORD, lanes * WORD)), ())
     leave(counter, me)
