@@ -91,6 +91,8 @@ _SPECS = {"act": "ptq8", "weight": "sym8", "grad_w": "ptq8", "grad_x": "psq8"}
 
 def require_factorable(product: str, t: QTensor, axes: tuple) -> None:
     """Law 2: scale and zero are constant along the product's contracted axes, else ValueError."""
+    if t.scale.size == t.zero.size == 1:                  # of a tensor: they vary nowhere
+        return
     varying = [axis for axis in axes if t.scale.shape[axis] != 1 or t.zero.shape[axis] != 1]
     if varying:
         place = t.name.rsplit(".", 1)[-1]

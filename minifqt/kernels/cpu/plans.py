@@ -129,18 +129,25 @@ def normalized_ranges(ranges, mean, inv_std, weight, bias, floor, out):
 
 
 @compiled
+def for_each(one, count):
+    """A number, or one a channel, in float64 for each of so many channels."""
+    out = np.empty(count)
+    for i in range(count):
+        out[i] = one[i % len(one)]
+    return out
+
+
+@compiled
 def finish_wgrad(total, x1, g1, tasks, N, flip_g, flip_x, present, ends, out):
     """out (K, R, S, C) = reference.epilogue of the integer sums of those threads that had tasks.
 
     total .. g1  as in wgrad.wgrad_images, of codes moved by the flips; tasks (threads,)
     present      the first pixel that meets a tap, and the last + 1, of N images: (R, 2), (S, 2)
-    ends         zeros of g and x, scales of g and x, float64, one or one a channel
+    ends         zeros of g and x, scales of g and x, one or one a channel
     """
     (K, R, S, C), moved_g, moved_x = out.shape, np.int64(flip_g), -np.int64(flip_x)
-    zero_g, zero_x, scale_g, scale_x = np.empty(K), np.empty(C), np.empty(K), np.empty(C)
-    for each, one in zip((zero_g, zero_x, scale_g, scale_x), ends):  # noqa: B905 - numba has no strict
-        for i in range(len(each)):
-            each[i] = one[i if len(one) > 1 else 0]
+    zero_g, zero_x = for_each(ends[0], K), for_each(ends[1], C)
+    scale_g, scale_x = for_each(ends[2], K), for_each(ends[3], C)
     both, gs, row = np.empty(K, np.int64), np.empty(K, np.int64), np.empty(K, np.float32)
     for r in range(R):
         for s in range(S):

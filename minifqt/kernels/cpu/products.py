@@ -144,15 +144,13 @@ def begin_wgrad(g, x, kernel, stride, padding):
     isa, (_, _, Q, K), C, (flip_g, flip_x) = choice.isa(), g.shape, x.shape[3], flips_of(g, x)
     if Q > TERMS:
         return lambda: blas.conv_wgrad(g, x, kernel, stride, padding)
-    sizes, present = wgrad_plan(isa.group, g.shape, x.shape, kernel, stride, padding)
-    needs_g1 = bool(flip_x or x.zero.any())
-    totals = [empty((threads(), *shape), "int64") for shape in
-              ((*kernel, *(-(-count // 16) * 16 for count in (C, K))), (*kernel, C))]
-    g1 = np.zeros((threads() * needs_g1, *g.shape[1:]), np.int64)
-    ends = tuple(v.reshape(-1).astype("float64") for v in (g.zero, x.zero, g.scale, x.scale))
+    sizes, *shapes, present = wgrad_plan(isa.group, g.shape, x.shape, kernel, stride, padding)
+    total, x1 = (empty((threads(), *shape), "int64") for shape in shapes)
+    g1 = np.empty((threads() if flip_x or np.count_nonzero(x.zero) else 0, *g.shape[1:]), np.int64)
+    ends = tuple(v.reshape(-1) for v in (g.zero, x.zero, g.scale, x.scale))
     dw = empty((K, *kernel, C))
-    end = begin(wgrad_images, np.empty(0, isa.dtype), *isa.tile, codes_of(g), flip_g,
-                codes_of(x), flip_x, (padding, padding), stride, kernel, sizes, *totals, g1,
+    end = begin(wgrad_images, KINDS[isa.dtype.__name__][1], *isa.tile, codes_of(g), flip_g,
+                codes_of(x), flip_x, (padding, padding), stride, kernel, sizes, total, x1, g1,
                 np.zeros(threads() + 1, np.int64), present, ends, dw)
 
     def finish():
@@ -166,7 +164,8 @@ def begin_wgrad(g, x, kernel, stride, padding):
 def wgrad_plan(group, out, image, kernel, stride, padding):
     """What follows from shapes alone: (images, strip, quads, pitch), and where taps meet pixels.
 
-    so many images fit a cache, `strip` rows of each, in words of `group` pixels
+    so many images fit a cache, `strip` rows of each, in words of `group` pixels; between them the
+    shapes of a thread's sums, total and x1
     """
     (_, P, Q, K), (_, H, W, C), (R, S) = out, image, kernel
     strip = max(1, min(P, STRIP // (Q * max(C, K)), TERMS // Q))
@@ -176,7 +175,8 @@ def wgrad_plan(group, out, image, kernel, stride, padding):
     present = tuple(np.array([blas.inside(length, side, tap - padding, stride)
                               for tap in range(taps)])
                     for length, side, taps in ((P, H, R), (Q, W, S)))
-    return (images, strip, quads, pitch), present
+    wide = (*kernel, *(-(-count // 16) * 16 for count in (C, K)))
+    return (images, strip, quads, pitch), wide, (*kernel, C), present
 
 
 def matmul(a, b):
