@@ -231,34 +231,6 @@ def finish_wgrad(total, x1, g1, tasks, N, flip_g, flip_x, present, ends, out):
 
 
 @compiled
-def moments(sums, count, mean, var):
-    """Mean and variance (C,) from Σ x and Σ x² in parts (2, parts, C), of so many numbers each."""
-    for c in range(sums.shape[2]):
-        s1, s2 = 0.0, 0.0
-        for n in range(sums.shape[1]):
-            s1, s2 = s1 + sums[0, n, c], s2 + sums[1, n, c]
-        exact = s2 / count - (s1 / count) * (s1 / count)
-        mean[c], var[c] = s1 / count, 0 if exact < 0 else exact               # NaN stays
-
-
-@compiled
-def slopes(sums, count, inv_std, weight, totals, runs):
-    """Σ g and Σ g · x̂ in parts (2, parts, C) → totals (2, C), and their means and the gain as runs.
-
-    runs (3, run), as norms.gradient takes them
-    """
-    C = sums.shape[2]
-    for c in range(C):
-        s1, s2 = 0.0, 0.0
-        for n in range(sums.shape[1]):
-            s1, s2 = s1 + sums[0, n, c], s2 + sums[1, n, c]
-        totals[0, c], totals[1, c] = s1, s2
-        gain = weight[c] * inv_std[c]
-        for i in range(c, runs.shape[1], C):
-            runs[0, i], runs[1, i], runs[2, i] = s1 / count, s2 / count, gain
-
-
-@compiled
 def momentum_step(w, grad, v, momentum, decay, lr, new_v, new_w):
     """v ← momentum · v + grad + decay · w; w ← w − lr · v.  Flat arrays, numbers float32."""
     for i in range(len(w)):
