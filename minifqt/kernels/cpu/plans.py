@@ -231,11 +231,18 @@ def finish_wgrad(total, x1, g1, tasks, N, flip_g, flip_x, present, ends, out):
 
 
 @compiled
-def momentum_step(w, grad, v, momentum, decay, lr, new_v, new_w):
-    """v ← momentum · v + grad + decay · w; w ← w − lr · v.  Flat arrays, numbers float32."""
-    for i in range(len(w)):
-        new_v[i] = momentum * v[i] + grad[i] + decay * w[i]
-        new_w[i] = w[i] - lr * new_v[i]
+def momentum_step(w, grad, ends, decay, momentum, lr, v, new_w):
+    """v ← momentum · v + grad + decay · w, in its place; w ← w − lr · v.  All float32, flat.
+
+    ends, decay  where each parameter ends, and its decay
+    """
+    start = 0
+    for end, rate in zip(ends, decay):  # noqa: B905 - numba has no strict
+        old, g, mean, new = w[start:end], grad[start:end], v[start:end], new_w[start:end]
+        for i in range(len(g)):
+            mean[i] = momentum * mean[i] + g[i] + rate * old[i]
+            new[i] = old[i] - lr * mean[i]
+        start = end
 
 
 @compiled
