@@ -547,6 +547,12 @@ def test_memory_is_never_lent_twice_at_a_time():
         living.append((array, expected))
 
 
+def test_a_view_of_a_loan_returns_no_memory():
+    array = backend.empty((123_461,), "uint8")
+    assert len(array.base[3:]) == 123_458                 # made, and let go
+    assert backend.empty((123_461,), "uint8").ctypes.data != array.ctypes.data
+
+
 def test_memory_that_was_let_go_is_used_again(monkeypatch):
     size = 123_457
     address = backend.empty((size,), "uint8").ctypes.data
