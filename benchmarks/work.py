@@ -149,7 +149,8 @@ WORK = {                                                  # kernel → Work of i
     "summarize": passed(["x"], doubles=1, floats=2),
     "add": passed(["a", "b"], ["out"], doubles=1, floats=1 + 2),
     "normalize": passed(["x"], ["out"], floats=5),
-    "gradient_sums": passed(["dy", "x"], doubles=2, floats=7),
+    "pixel_means": passed(["x"], ["out"], doubles=1, floats=5),
+    "gradient_sums": passed(["x", "dy"], ["spread"], doubles=2, floats=7),
     "gradient": passed(["dy", "x", "residual"], ["dx"], floats=10 + 2),
 }
 

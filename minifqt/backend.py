@@ -124,21 +124,27 @@ def empty(shape: tuple, dtype="float32", xp=np) -> Array:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _LARGE or xp is not np:
         return xp.empty(shape, dtype)
-    return np.asarray(_Loan(size)).view(dtype).reshape(shape)
+    try:
+        memory = _shelf[size].pop()
+    except (KeyError, IndexError):
+        memory = _new_memory(size)
+    loan = memory.view(_Loan)
+    loan.memory = memory
+    return np.ndarray(shape, dtype, loan)
 
 
-class _Loan:
-    """Memory that returns to the shelf when the last array that uses it is gone."""
+class _Memory(np.ndarray):
+    """Bytes to lend: of a class of their own, or NumPy would forget the loan between."""
 
-    def __init__(self, size):
-        try:
-            self.memory = _shelf[size].pop()
-        except (KeyError, IndexError):
-            self.memory = _new_memory(size)
-        self.__array_interface__ = self.memory.__array_interface__
+
+class _Loan(np.ndarray):
+    """A view of memory that returns to the shelf when the last array that uses it is gone."""
+
+    memory = None                                         # of views of a loan: they return nothing
 
     def __del__(self):
-        _shelf.setdefault(len(self.memory), []).append(self.memory)
+        if self.memory is not None:
+            _shelf.setdefault(len(self.memory), []).append(self.memory)
 
 
 def _new_memory(size):
@@ -146,11 +152,11 @@ def _new_memory(size):
     global _slab
     room = -(-size // 4096) * 4096
     if room > _SLAB // 4:
-        return np.empty(size, np.uint8)
+        return np.empty(size, np.uint8).view(_Memory)
     with _slab_lock:
         if len(_slab) < room:
             _slab = np.empty(_SLAB, np.uint8)
-        memory, _slab = _slab[:size], _slab[room:]
+        memory, _slab = _slab[:size].view(_Memory), _slab[room:]
     return memory
 
 

@@ -10,11 +10,12 @@ Whoever else reads them gets plain numbers.
 import numpy as np
 
 from minifqt.backend import array_module, elementwise
-from minifqt.kernels import conv, norm, rounding
+from minifqt.kernels import conv, norm, pool, rounding
 from minifqt.kernels.conv import Product
 from minifqt.kernels.norm import Normalized
+from minifqt.kernels.pool import Spread
 from minifqt.kernels.seen import Lazy, Seen, suits
-from minifqt.layers import BatchNorm2d, Conv2d, Layer, ReLU
+from minifqt.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Layer, ReLU
 from minifqt.layers.base import as_input
 
 
@@ -70,9 +71,18 @@ class FusedBatchNorm2d(BatchNorm2d):
         x = x.array() if isinstance(x, Lazy) else x
         if not suits(x):                                  # float64, or NumPy alone was asked for
             return super().forward(x)
-        y = Normalized(x, *self.scaling(x))
+        y = Normalized(x, self.scaled(x))
         self.save(y)
         return y
+
+    def scaled(self, x):
+        """What `scaling` finds, as runs (4, run); in training, in one compiled call."""
+        if not self.training or x.size == self.channels:  # of one number: it raises
+            return norm.runs(*self.scaling(x))
+        vectors, (self.running_mean, self.running_var) = norm.scaling(
+            x, self.weight.data, self.bias.data, (self.running_mean, self.running_var), self.eps,
+            self.momentum)
+        return vectors
 
     def backward(self, dy):
         y, *rest = self.saved()
@@ -84,7 +94,7 @@ class FusedBatchNorm2d(BatchNorm2d):
             raise ValueError(self.mismatch(dy, y))
         if isinstance(dy, Gated) and dy.gate.source is y:
             y, dy = dy.gate, dy.dy
-        if not isinstance(dy, Product):
+        if not isinstance(dy, Product | Spread):
             dy = np.asarray(dy)
         dx, self.weight.grad, self.bias.grad = y.backward(dy)
         return dx
@@ -125,13 +135,28 @@ class Gated(Lazy):
         return np.asarray(self.dy) * (self.gate.array() > 0)
 
 
+class FusedGlobalAvgPool2d(GlobalAvgPool2d):
+    """GlobalAvgPool2d that forms neither what a batch norm before it returns nor its gradient."""
+
+    def forward(self, x):
+        if not isinstance(x, Normalized):
+            return super().forward(x)
+        self.save(x.shape[1:3])
+        return x.pixel_mean()
+
+    def backward(self, dy):
+        size, = self.saved()
+        return Spread(dy, size) if suits(dy) else pool.mean_backward(dy, size)
+
+
 def in_numpy(x):
     """Whether these are float32 numbers on a CPU that nothing compiled takes."""
     return (isinstance(x, np.ndarray) and array_module(x) is np and x.dtype == np.float32
             and x.size > 0 and not suits(x))
 
 
-FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU}
+FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU,
+         GlobalAvgPool2d: FusedGlobalAvgPool2d}
 
 
 def fuse(net: Layer) -> Layer:

@@ -1,11 +1,15 @@
 """Stochastic gradient descent with momentum, and learning rates as functions of the epoch."""
 import math
 from collections.abc import Callable
+from functools import cached_property
+from itertools import pairwise
+from operator import is_
 
 import numpy as np
 
 from minifqt.backend import Array, array_module, empty
 from minifqt.kernels.cpu import choice
+from minifqt.kernels.seen import Lazy
 from minifqt.layers import Param
 
 if choice.numba is not None:
@@ -25,6 +29,7 @@ class SGD:
                              "0 ≤ momentum < 1 and a weight decay ≥ 0.")
         self.momentum, self.weight_decay = momentum, weight_decay
         self.velocity: dict[str, Array] = {}
+        self._w = self._v = _Whole([])                    # after a compiled step
 
     def step(self, params: dict[str, Param], lr: float) -> None:
         """One update of all parameters.  RuntimeError where backward assigned no gradient."""
@@ -32,23 +37,62 @@ class SGD:
         if without:                                       # before anything is updated
             raise RuntimeError(f"{without[0]} has no gradient: call backward() before step().")
         for name, p in params.items():
-            zero = array_module(p.data).zeros_like
-            v = self.velocity[name] if name in self.velocity else zero(p.data)
-            decay = self.weight_decay if p.decay else 0.0
-            v, p.data = moved(p.data, p.grad, v, self.momentum, decay, float(lr))
-            self.velocity[name] = v
+            if name not in self.velocity:
+                self.velocity[name] = array_module(p.data).zeros_like(p.data)
+            p.grad = p.grad.array() if isinstance(p.grad, Lazy) else p.grad
+        step = self._step_compiled if self._suits(params) else self._step_plainly
+        step(params, float(lr))
+
+    def _step_plainly(self, params, lr):
+        for name, p in params.items():
+            w, v, decay = p.data, self.velocity[name], self.weight_decay if p.decay else 0.0
+            v = (self.momentum * v + p.grad + decay * w).astype(w.dtype, copy=False)
+            self.velocity[name], p.data = v, w - lr * v
+
+    def _step_compiled(self, params, lr):
+        """The same bits in one pass over all parameters, which are new; v is its own memory."""
+        data, velocity = [p.data for p in params.values()], [self.velocity[name] for name in params]
+        if not self._v.has(velocity):                     # the first time, or one was replaced
+            self._v = _Whole.of(velocity)
+            self.velocity |= zip(params, self._v.parts, strict=True)
+        w = self._w if self._w.has(data) else _Whole.of(data)
+        grad, self._w = _Whole.of([p.grad for p in params.values()]), _Whole(w.shapes)
+        decay = np.array([self.weight_decay * p.decay for p in params.values()], np.float32)
+        plans.momentum_step(w.flat, grad.flat, w.ends, decay, np.float32(self.momentum),
+                            np.float32(lr), self._v.flat, self._w.flat)
+        for p, new in zip(params.values(), self._w.parts, strict=True):
+            p.data = new
+
+    def _suits(self, params):
+        arrays = [a for name, p in params.items() for a in (p.data, p.grad, self.velocity[name])]
+        return (choice.isa() is not None and {a.dtype for a in arrays} == {np.dtype("float32")}
+                and all(issubclass(kind, np.ndarray) for kind in {type(a) for a in arrays}))
 
 
-def moved(w: Array, grad: Array, v: Array, momentum: float, decay: float, lr: float):
-    """The next v and w, new arrays.  Compiled, the same bits in one pass."""
-    on_gpu, numbers = array_module(w) is not np, (momentum, decay, lr)
-    if on_gpu or choice.isa() is None or not w.dtype == v.dtype == grad.dtype == np.float32:
-        v = (momentum * v + grad + decay * w).astype(w.dtype, copy=False)
-        return v, w - lr * v
-    next_v, next_w = empty(w.shape), empty(w.shape)
-    plans.momentum_step(*(np.ascontiguousarray(t).reshape(-1) for t in (w, grad, v)),
-                        *map(np.float32, numbers), next_v.reshape(-1), next_w.reshape(-1))
-    return next_v, next_w
+class _Whole:
+    """Arrays of these shapes, one behind another in one."""
+
+    def __init__(self, shapes):
+        self.shapes, sizes = shapes, [math.prod(shape) for shape in shapes]
+        self.ends, self.flat = np.cumsum(sizes, dtype=np.int64), empty((sum(sizes),))
+
+    @classmethod
+    def of(cls, arrays):
+        """With these numbers."""
+        whole = cls([a.shape for a in arrays])
+        np.concatenate([a.reshape(-1) for a in arrays], out=whole.flat)
+        return whole
+
+    @cached_property
+    def parts(self):
+        """The arrays, views of `flat`."""
+        places = pairwise([0, *self.ends.tolist()])
+        return [self.flat[start:end].reshape(shape)
+                for (start, end), shape in zip(places, self.shapes, strict=True)]
+
+    def has(self, arrays):
+        """Whether these are the parts."""
+        return len(arrays) == len(self.parts) and all(map(is_, arrays, self.parts))
 
 
 def cosine(lr: float, epochs: int, warmup: int = 0) -> Callable[[int], float]:

@@ -15,14 +15,20 @@ import pytest
 from given import Given
 from operands import SIZES, assert_same_bits, codes, four_products, three_products, turned, weights
 
-from minifqt import NonFiniteError, QTensor, Streams, backend, quantizers
-from minifqt.kernels import conv, norm, reference, rounding, seen
+from minifqt import NonFiniteError, QTensor, Streams, backend, layers, quantizers
+from minifqt.kernels import conv, norm, pool, reference, rounding, seen
 from minifqt.qtensor import as_floats
 from minifqt.quantizers import affine
 from minifqt.rng import Stream
 
 pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
-from minifqt.kernels.cpu import choice, packing, plans, products  # noqa: E402 - numba is there
+from minifqt.kernels.cpu import (  # noqa: E402 - numba is there
+    channels,
+    choice,
+    packing,
+    plans,
+    products,
+)
 
 SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
 BITS = range(2, 9)
@@ -181,6 +187,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_compiled_sum(shape, on_thread
 
     def results():
         return [*norm.statistics(x), norm.channel_sum(x), norm.normalize(x, *vectors),
+                norm.Normalized(x, norm.runs(*vectors)).pixel_mean(),
                 *norm.backward(dy, x, *vectors[:3]), seen.add(x, dy), *seen.summary(x)]
 
     one, two, four = on_threads(results)
@@ -433,15 +440,29 @@ def test_small_vectors_of_batch_norm_are_those_of_numpy(C):
     rng, count = np.random.default_rng(C), 350
     sums = rng.standard_normal((2, 7, C))                 # of some channels the variance is < 0
     mean, var = np.empty((2, C), np.float32)
-    plans.moments(sums, count, mean, var)
+    channels.moments(sums, count, mean, var)
     s1, s2 = sums.sum(axis=1) / count
     assert_same_bits([mean, var], [s1.astype("float32"),
                                    np.maximum(s2 - s1**2, 0).astype("float32")])
-    inv_std, weight = rng.standard_normal((2, C), dtype="float32")
+    vectors = rng.standard_normal((4, C), dtype="float32")
     totals, runs = np.empty((2, C), np.float32), np.empty((3, 5 * C), np.float32)
-    plans.slopes(sums, count, inv_std, weight, totals, runs)
-    rows = np.stack([s1.astype("float32"), s2.astype("float32"), weight * inv_std])
+    channels.slopes(sums, count, np.tile(vectors, 5), totals, runs)
+    rows = np.stack([s1.astype("float32"), s2.astype("float32"), vectors[2] * vectors[1]])
     assert_same_bits([totals, runs], [sums.sum(axis=1).astype("float32"), np.tile(rows, 5)])
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (40, 12), (3, 5, 6, 1), (5, 7, 3, 3), (40, 4, 4, 130)])
+def test_batch_norms_scaling_in_one_call_is_that_of_its_layer(shape):
+    rng, C = np.random.default_rng(0), shape[-1]
+    x, layer = rng.standard_normal(shape, dtype="float32"), layers.BatchNorm2d(shape[-1])
+    vectors = rng.standard_normal((4, C), dtype="float32")
+    layer.weight.data, layer.bias.data, layer.running_mean, layer.running_var = vectors
+    found, moved = norm.scaling(x, *vectors[:2], tuple(vectors[2:]), layer.eps, layer.momentum)
+    expected = layer.scaling(x)
+    assert_same_bits([found, moved], [norm.runs(*expected),
+                                      np.stack([layer.running_mean, layer.running_var])])
+    assert_same_bits(found[:, :C], expected)
+    assert (found == np.tile(expected, found.shape[1] // C)).all()
 
 
 @pytest.mark.parametrize("floor", [-np.inf, 0, 0.5])
@@ -452,7 +473,7 @@ def test_the_range_of_a_batch_norm_is_that_of_its_numbers(shape, floor):
         x = rng.standard_normal(shape, dtype="float32")
         vectors = rng.standard_normal((4, C), dtype="float32")                # half turn the range
         vectors[2, rng.random(C) < 0.2] = 0
-        y = norm.Normalized(x, *vectors, floor=floor)
+        y = norm.Normalized(x, norm.runs(*vectors), floor=floor)
         (low, high), _ = y.summary
         values, axes = np.asarray(y), tuple(range(1, len(shape) - 1))
         assert_same_bits([low, high], [values.min(axis=axes), values.max(axis=axes)])
@@ -460,9 +481,19 @@ def test_the_range_of_a_batch_norm_is_that_of_its_numbers(shape, floor):
         x[n, ..., c] = np.nan if turn % 2 else x[n, ..., c]
         vectors[turn % 4, c] = vectors[turn % 4, c] if turn % 2 else np.nan
         with np.errstate(invalid="ignore"):
-            ranges, _ = norm.Normalized(x, *vectors, floor=floor).summary
+            ranges, _ = norm.Normalized(x, norm.runs(*vectors), floor=floor).summary
         assert np.isnan(ranges[:, n, c]).all()            # of a number, of a weight
 
+
+
+@pytest.mark.parametrize("shape", [
+    (1, 1, 1, 1), (3, 5, 6, 1), (5, 7, 3, 3), (4, 9, 9, 16), (2, 3, 1, 513), (40, 8, 8, 64)])
+def test_the_mean_of_what_is_not_formed_is_that_of_its_numbers(shape):
+    rng = np.random.default_rng(0)
+    x, vectors = (rng.standard_normal(size, "float32") for size in (shape, (4, shape[-1])))
+    y = norm.Normalized(x, norm.runs(*vectors), floor=0)
+    assert_same_bits([y.pixel_mean()], [pool.mean_forward(y.form())])
+    assert y._array is None
 
 
 @pytest.mark.parametrize("shape", [
@@ -536,6 +567,12 @@ def test_memory_is_never_lent_twice_at_a_time():
         else:
             expected = turn
         living.append((array, expected))
+
+
+def test_a_view_of_a_loan_returns_no_memory():
+    array = backend.empty((123_461,), "uint8")
+    assert len(array.base[3:]) == 123_458                 # made, and let go
+    assert backend.empty((123_461,), "uint8").ctypes.data != array.ctypes.data
 
 
 def test_memory_that_was_let_go_is_used_again(monkeypatch):

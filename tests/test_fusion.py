@@ -12,9 +12,19 @@ from operands import assert_same_bits
 import minifqt
 import models
 from minifqt import NonFiniteError, Streams, backend, fusion, quantizers
-from minifqt.kernels import conv, engines, norm, rounding, seen
+from minifqt.kernels import conv, engines, norm, pool, rounding, seen
 from minifqt.kernels.cpu import choice
-from minifqt.layers import BatchNorm2d, Conv2d, Layer, Linear, ReLU, Sequential, build
+from minifqt.layers import (
+    BatchNorm2d,
+    Conv2d,
+    GlobalAvgPool2d,
+    Layer,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    build,
+)
 from models.resnet_cifar import DownBlock
 
 needs_numba = pytest.mark.skipif(choice.numba is None, reason="numba is not there: nothing is lazy")
@@ -229,9 +239,13 @@ class Strided(Layer):
     lambda: [ReLU(), BatchNorm2d(8), BatchNorm2d(8), ReLU()],                 # batch norms in a row
     lambda: [BatchNorm2d(8), Conv2d(8, 8, 1, bias=True), ReLU(), Conv2d(8, 8, 1)],
     lambda: [Conv2d(8, 8, 1), Conv2d(8, 8, 1), ReLU()],                       # no batch norm
-    lambda: [DownBlock(8, 8)]],                           # two convolutions read a batch norm
+    lambda: [DownBlock(8, 8)],                            # two convolutions read a batch norm
+    lambda: [BatchNorm2d(8), ReLU(), GlobalAvgPool2d()],
+    lambda: [BatchNorm2d(8), GlobalAvgPool2d(), Linear(8, 3)],
+    lambda: [BatchNorm2d(8), Conv2d(8, 8, 1), GlobalAvgPool2d()],
+    lambda: [BatchNorm2d(8), ReLU(), MaxPool2d(2), GlobalAvgPool2d()]],
     ids=["usual", "read four times", "added", "strided", "two ReLUs", "two norms", "bias",
-         "no norm", "shortcut"])
+         "no norm", "shortcut", "mean", "mean of a norm", "mean of a product", "mean of maxima"])
 def test_layers_read_in_any_way_give_the_plain_stacks_gradients(layers, recipe):
     if recipe == "sym8":
         recipe = minifqt.recipe("ptq8").replace(act="sym8", grad_w="sym8", grad_x="sym8")
@@ -283,6 +297,12 @@ def test_a_gradient_of_another_shape_raises_in_a_fused_batch_norm():
     layer.forward(x)
     with pytest.raises(ValueError, match=r"gradient of shape \(4, 3, 3, 4\); expected"):
         layer.backward(x[..., :4])
+
+
+def test_a_fused_batch_norm_of_one_number_a_channel_raises():
+    layer = minifqt.fuse(build(BatchNorm2d(8), "bhq5"))
+    with pytest.raises(ValueError, match="one number a channel has no variance"):
+        layer.forward(np.ones((1, 1, 1, 8), "float32"))
 
 
 def test_an_input_of_a_fused_layer_is_not_written_to():
@@ -431,7 +451,7 @@ def test_one_read_rounds_no_other_array():
 @needs_numba
 def test_what_is_begun_is_rounded_at_the_end_even_after_an_error(on_threads):
     x = np.random.default_rng(0).standard_normal((40, 9, 9, 8), dtype="float32")
-    y = norm.Normalized(x, *np.ones((4, 8), np.float32), floor=0)
+    y = norm.Normalized(x, norm.runs(*np.ones((4, 8), np.float32)), floor=0)
     p = quantizers.Bound("ptq8", "stochastic", minifqt.Streams(3), "p")
     expected, empty = p(np.asarray(y.form())).codes, np.empty((0, 3), np.float32)
 
@@ -529,7 +549,7 @@ def test_arithmetic_in_place_forgets_the_summary(write):
 
 
 def lazy_arrays():
-    """A norm, rectified, two products, a gated gradient and two norms': each not formed."""
+    """A norm, rectified, two products, a gated gradient, two norms', a mean's: each not formed."""
     x, _ = batch((4, 6, 6, 8))
     bn, relu, last = normed_conv(8).layers
     y = bn.forward(x)
@@ -537,7 +557,8 @@ def lazy_arrays():
     product, dz = last.forward(z), last.backward(x)
     other = minifqt.fuse(build(BatchNorm2d(8), "bhq5"))
     other.forward(x)
-    arrays = [y, z, product, dz, relu.backward(dz), other.backward(x + 1), norm_of_a_product(x)]
+    arrays = [y, z, product, dz, relu.backward(dz), other.backward(x + 1), norm_of_a_product(x),
+              pool.Spread(x[:, 0, 0], (6, 6))]
     assert all(isinstance(v, seen.Lazy) and v._array is None for v in arrays)
     return arrays
 
@@ -570,7 +591,7 @@ def test_a_lazy_array_equals_its_array_in_every_function(function):
 
 
 @needs_numba
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("which", range(8))
 def test_a_lazy_sum_is_added_to(which):
     lazy, values = lazy_arrays()[which], np.array(lazy_arrays()[which])
     one, other = np.random.default_rng(2).standard_normal((2, *lazy.shape), "float32")
@@ -579,10 +600,10 @@ def test_a_lazy_sum_is_added_to(which):
 
 @needs_numba
 @pytest.mark.parametrize("formed", [*product((False, True), repeat=2)])
-@pytest.mark.parametrize("left", range(7))
+@pytest.mark.parametrize("left", range(8))
 def test_lazy_arrays_are_added_whichever_of_them_is_computed(left, formed):
     expected = [np.array(v) for v in lazy_arrays()]
-    for right in range(7):
+    for right in range(8):
         arrays = lazy_arrays()
         pair = arrays[left], lazy_arrays()[right] if left == right else arrays[right]
         for array, now in zip(pair, formed, strict=True):
@@ -663,6 +684,9 @@ def test_a_fused_block_forms_no_activation(monkeypatch):
     x, _ = batch((4, 6, 6, 8))
     net = normed_conv(8)
     np.asarray(net.backward(np.asarray(net.forward(x))))
+    monkeypatch.setattr(pool.Spread, "form", None)
+    net = minifqt.fuse(build(Sequential(BatchNorm2d(8), ReLU(), GlobalAvgPool2d()), "bhq5"))
+    np.asarray(net.backward(net.forward(x)))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 4, 2), (3, 100_000), (300, 3000)])

@@ -62,12 +62,35 @@ def test_sgd_keeps_float32_and_writes_to_no_array_that_it_was_given():
     assert (grad == before[1]).all()
 
 
-def test_a_compiled_step_is_the_plain_one_bit_for_bit(set_instructions):
-    rng, found = np.random.default_rng(0), []
-    w, grad, v = (rng.standard_normal((3, 5, 7), dtype="float32") for _ in range(3))
+def given(rng, dtypes):
+    """A parameter for each dtype, every second one decays; the first gradient is not contiguous."""
+    params = {str(i): Param(rng.standard_normal((3, 5, i + 1)).astype(dtype), decay=i % 2 == 0)
+              for i, dtype in enumerate(dtypes)}
+    for p in params.values():
+        p.grad = rng.standard_normal(p.data.shape[::-1]).astype(p.data.dtype).T
+    return params
+
+
+@pytest.mark.parametrize("dtypes", [["float32"], 4 * ["float32"], ["float32", "float64"]])
+def test_a_compiled_step_is_the_plain_one_bit_for_bit(dtypes, set_instructions):
+    """Also where a parameter or a velocity was replaced between two steps."""
+    found = []
     for name in ("auto", "numpy"):
         set_instructions(name)
-        found.append(optim.moved(w, grad, v, momentum=0.9, decay=1e-4, lr=0.1))
+        rng, sgd = np.random.default_rng(0), SGD(momentum=0.9, weight_decay=0.01)
+        params, arrays = given(rng, dtypes), []
+        for turn in range(5):
+            new = rng.standard_normal((3, 5, 1), dtype="float32")
+            kept = new.copy()
+            if turn == 2:
+                params["0"].data = new
+            if turn == 3:
+                sgd.velocity["0"] = new
+            sgd.step(params, lr=0.1)
+            assert (new == kept).all()
+            arrays += [v.copy() for v in sgd.velocity.values()]
+            arrays += [p.data for p in params.values()]   # no copies: a step makes new ones
+        found.append(arrays)
     assert_same_bits(*found)
 
 

@@ -4,19 +4,18 @@ Sums are float64, image by image in an order cut by shape, and rounded once: the
 of threads. Each function shows the plain formula for arrays on a GPU; on a CPU it is compiled, or
 runs in blocks that fit a cache, with the same float operations in the same order.
 """
-from functools import cached_property
-
 import numpy as np
 
 from minifqt.backend import Array, array_module, empty, map_blocks
 from minifqt.kernels.cpu import choice
-from minifqt.kernels.seen import Lazy, Seen, Summary, blank, images, runs, suits, summary
+from minifqt.kernels.seen import Lazy, Seen, Summary, blank, images, suits, summary
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import codes, norms, plans
+    from minifqt.kernels.cpu import channels, codes, norms, plans
     from minifqt.kernels.cpu.team import begin, share
 
 _BLOCK = 1 << 18                                          # elements
+NOTHING = np.empty((0, 0), np.float32)
 
 
 def channel_sum(x: Array) -> Array:
@@ -35,11 +34,35 @@ def statistics(x: Array) -> tuple[Array, Array]:
     count = x.size // x.shape[-1]
     if suits(x):
         mean, var = np.empty((2, x.shape[-1]), np.float32)
-        plans.moments(summary(x).sums, count, mean, var)
+        channels.moments(summary(x).sums, count, mean, var)
         return mean, var
     s1, s2 = sums(x)
     return ((s1 / count).astype(x.dtype),
             array_module(x).maximum(s2 / count - (s1 / count) ** 2, 0).astype(x.dtype))
+
+
+def scaling(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, running: tuple, eps: float,
+            momentum: float) -> tuple[np.ndarray, np.ndarray]:
+    """BatchNorm2d.scaling in training, compiled: what Normalized takes, and `running` moved.
+
+    x (…, C) that suits, of two numbers a channel or more; the rest (C,).  Returns (4, run), (2, C)
+    """
+    C = x.shape[-1]
+    vectors, moved = np.empty((4, run_length(C)), np.float32), np.empty((2, C), np.float32)
+    channels.scaling(summary(x).sums, x.size // C, eps, momentum, weight, bias, *running, moved,
+                     vectors)
+    return vectors, moved
+
+
+def runs(*vectors: np.ndarray) -> np.ndarray:
+    """Vectors (C,) tiled to the length of a run: (count, run)."""
+    C = len(vectors[0])
+    return np.tile(np.stack(vectors), run_length(C) // C).astype(np.float32, copy=False)
+
+
+def run_length(C: int) -> int:
+    """Numbers of a run of vectors of C channels, so long that a pass has long inner loops."""
+    return max(1, norms.RUN // C) * C
 
 
 def sums(x):
@@ -60,7 +83,7 @@ def sums(x):
 def normalize(x: Array, mean: Array, inv_std: Array, weight: Array, bias: Array) -> Array:
     """y = weight · x̂ + bias, x̂ = (x − mean) · inv_std.  x (…, C), the rest (C,)."""
     if suits(x):
-        return Normalized(x, mean, inv_std, weight, bias).form()
+        return Normalized(x, runs(mean, inv_std, weight, bias)).form()
     if array_module(x) is not np:
         return weight * ((x - mean) * inv_std) + bias
     y = empty(x.shape, x.dtype)
@@ -101,7 +124,7 @@ def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
     """
     xp, C, count = array_module(dy), dy.shape[-1], dy.size // dy.shape[-1]
     if suits(dy) and suits(x):
-        dx, dweight, dbias = Normalized(x, mean, inv_std, weight, 0 * weight).backward(dy)
+        dx, dweight, dbias = Normalized(x, runs(mean, inv_std, weight, 0 * weight)).backward(dy)
         return dx.form(), dweight, dbias
     if xp is not np:
         normal = (x - mean) * inv_std
@@ -136,23 +159,29 @@ def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
 class Normalized(Lazy):
     """`normalize`, and perhaps the ReLU behind it, not computed yet.
 
-    x (N, …, C) float32, the rest (C,) float32
+    x (N, …, C) float32;  vectors (4, run): mean, inv_std, weight, bias as `runs`
     The activation quantizer rounds it without forming it, and batch norm's backward is its own.
     """
 
-    def __init__(self, x, mean, inv_std, weight, bias, floor=-np.inf, source=None):
+    def __init__(self, x, vectors, floor=-np.inf, source=None):
         super().__init__(x.shape)
-        self.x, self.vectors, self.floor = x, (mean, inv_std, weight, bias), np.float32(floor)
-        self.source = source
+        self.x, self.vectors, self.floor, self.source = x, vectors, np.float32(floor), source
 
     def rectified(self) -> "Normalized":
         """max(this, 0); its `source` is this."""
-        return Normalized(self.x, *self.vectors, floor=0, source=self)
+        return Normalized(self.x, self.vectors, floor=0, source=self)
 
     def form(self) -> np.ndarray:
         """Its numbers.  (N, …, C)."""
         y = blank(self.shape)
         share(norms.normalize, *self.operands(), images(y))
+        return y
+
+    def pixel_mean(self) -> np.ndarray:
+        """Mean over pixels, as pool.mean_forward finds it.  (N, C)."""
+        N, C = self.shape[0], self.shape[-1]
+        y = np.empty((N, C), np.float32)
+        share(norms.pixel_means, *self.operands(), y)
         return y
 
     def astype(self, dtype, copy=True):
@@ -170,11 +199,7 @@ class Normalized(Lazy):
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""
-        return images(self.x), self._runs, self.floor
-
-    @cached_property
-    def _runs(self):
-        return runs(*self.vectors)
+        return images(self.x), self.vectors, self.floor
 
     @property
     def summary(self) -> Summary:
@@ -193,10 +218,10 @@ class Normalized(Lazy):
             formed, sums = dy.gated(x, vectors, floor)
         else:
             sums = np.empty((2, len(dy), C))
-            share(norms.gradient_sums, images(dy), x, vectors, floor, C, sums)
-        (_, inv_std, weight, _), slopes = self.vectors, np.empty((3, vectors.shape[1]), np.float32)
+            share(norms.gradient_sums, images(dy), x, vectors, floor, C, NOTHING, sums)
         dbias, dweight = totals = np.empty((2, C), np.float32)
-        plans.slopes(sums, count, inv_std, weight, totals, slopes)
+        slopes = np.empty((3, vectors.shape[1]), np.float32)
+        channels.slopes(sums, count, vectors, totals, slopes)
         return NormGradient(dy, formed, x, vectors, floor, slopes), dweight, dbias
 
 
@@ -212,14 +237,14 @@ class NormGradient(Lazy):
 
     def form(self):
         """dx.  (N, …, C)."""
-        return self.plus(np.empty((0, 0), np.float32))
+        return self.plus(NOTHING)
 
     def plus(self, other):
         """dx + other."""
         dy, self.formed = self.formed, None               # the first time only
-        dx, ranges = (blank(self.shape) if dy is None else dy.view(Seen),
-                      np.empty((2, len(self), 1), np.float32))
-        share(norms.gradient, images(np.asarray(self.dy) if dy is None else dy), *self.operands,
+        dx = blank(self.shape) if dy is None else dy.view(Seen)
+        dy, ranges = self.dy if dy is None else dy, np.empty((2, len(self), 1), np.float32)
+        share(norms.gradient, images(dy), *self.operands,
               images(other) if other.size else other, images(dx), ranges)
         dx.summary = Summary(ranges, None)
         return dx

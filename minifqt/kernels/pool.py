@@ -2,7 +2,13 @@
 import numpy as np
 
 from minifqt.backend import Array, array_module
+from minifqt.kernels.cpu import choice
 from minifqt.kernels.reference import output_size, taps
+from minifqt.kernels.seen import Lazy, blank, images
+
+if choice.numba is not None:
+    from minifqt.kernels.cpu import norms
+    from minifqt.kernels.cpu.team import share
 
 
 def max_forward(x: Array, kernel: int, stride: int, padding: int) -> tuple[Array, Array]:
@@ -42,5 +48,29 @@ def mean_forward(x: Array) -> Array:
 def mean_backward(dy: Array, size: tuple) -> Array:
     """(N, C) → (N, H, W, C): each pixel gets dy / (H · W)."""
     xp, (N, C) = array_module(dy), dy.shape
-    share = (dy / (size[0] * size[1])).astype(dy.dtype)
-    return xp.ascontiguousarray(xp.broadcast_to(share[:, None, None], (N, *size, C)))
+    return xp.ascontiguousarray(xp.broadcast_to(share_of(dy, size)[:, None, None], (N, *size, C)))
+
+
+def share_of(dy, size):
+    """What each of so many pixels gets of dy."""
+    return (dy / (size[0] * size[1])).astype(dy.dtype)
+
+
+class Spread(Lazy):
+    """`mean_backward` of dy (N, C) float32, not computed yet: batch norm's backward spreads it."""
+
+    def __init__(self, dy, size):
+        super().__init__((len(dy), *size, dy.shape[1]))
+        self.dy = dy
+
+    def form(self):
+        """Its numbers."""
+        return mean_backward(self.dy, self.shape[1:3])
+
+    def gated(self, x, norm, floor):
+        """Its numbers, and Σ g and Σ g · x̂ of them (norms.gradient_sums)."""
+        (N, H, W, C), spread = self.shape, blank(self.shape)
+        sums = np.empty((2, N, C))
+        share(norms.gradient_sums, share_of(self.dy, (H, W)), x, norm, floor, C, images(spread),
+              sums)
+        return spread, sums

@@ -14,7 +14,7 @@ from minifqt.kernels.cpu import choice
 
 if choice.numba is not None:
     from minifqt.kernels.cpu import norms
-    from minifqt.kernels.cpu.team import share
+    from minifqt.kernels.cpu.team import run_for, share
 
 
 class Summary(NamedTuple):
@@ -57,8 +57,17 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
     dtype = np.dtype("float32")
 
     def __init__(self, shape):
-        self.shape, self.ndim, self.size = shape, len(shape), math.prod(shape)
-        self._array = None
+        self.shape, self._array = shape, None
+
+    @property
+    def ndim(self):
+        """Axes."""
+        return len(self.shape)
+
+    @property
+    def size(self):
+        """Numbers."""
+        return math.prod(self.shape)
 
     def form(self) -> np.ndarray:
         """Its numbers, computed now."""
@@ -114,16 +123,7 @@ def suits(x) -> bool:
 
 def images(x: np.ndarray) -> np.ndarray:
     """x (N, …) as the passes read it: (N, D), contiguous."""
-    return np.ascontiguousarray(x.view(np.ndarray)).reshape(len(x), -1)
-
-
-def runs(*vectors: np.ndarray) -> np.ndarray:
-    """Vectors (C,) tiled to the length of a run: (count, run)."""
-    C = len(vectors[0])
-    tiled = np.empty((len(vectors), max(1, norms.RUN // C), C), np.float32)
-    for row, vector in zip(tiled, vectors, strict=True):
-        row[:] = vector
-    return tiled.reshape(len(vectors), -1)
+    return np.asarray(x, order="C").reshape(len(x), -1)
 
 
 def blank(shape: tuple) -> Seen:
@@ -153,5 +153,5 @@ def summary(x: np.ndarray) -> Summary:
         return known
     C = x.shape[-1]
     sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
-    share(norms.summarize, images(x), C, sums, ranges)
+    run_for(x)(norms.summarize, images(x), C, sums, ranges)
     return Summary(ranges, sums)

@@ -139,6 +139,31 @@ def normalize(counter, x, norm, floor, out):
 
 
 @compiled
+def pixel_means(counter, x, norm, floor, out):
+    """Means over pixels of normalize_run of x (N, D), added one after another: out (N, C)."""
+    me = seat(counter)
+    if me < 0:
+        return
+    (N, D), C, run = x.shape, out.shape[1], norm.shape[1]
+    y, total = np.empty(run, np.float32), np.empty(C)
+    while True:
+        n = take(counter)
+        if n >= N:
+            break
+        total[:] = 0
+        for start in range(0, D, run):
+            stop = min(D, start + run)
+            normalize_run(x[n, start:stop], norm, floor, y)
+            for left in range(0, stop - start, C):
+                pixel = y[left:left + C]
+                for c in range(C):
+                    total[c] += pixel[c]
+        for c in range(C):
+            out[n, c] = total[c] / (D // C)
+    leave(counter, me)
+
+
+@compiled
 def gated(dy, x, mean, inv_std, weight, bias, floor):
     """g = dy where weight · x̂ + bias is above floor, else 0; and g · x̂.  Numbers."""
     normal = (x - mean) * inv_std
@@ -172,8 +197,11 @@ def gradient_sums_rows(dy, x, norm, floor, run, s1, s2):
 
 
 @compiled
-def gradient_sums(counter, dy, x, norm, floor, C, sums):
-    """gradient_sums_rows of each image.  dy, x (N, D) → sums (2, N, C)."""
+def gradient_sums(counter, dy, x, norm, floor, C, spread, sums):
+    """gradient_sums_rows of each image.  dy, x (N, D) → sums (2, N, C).
+
+    spread  (N, D) or empty: where dy (N, C), that of all pixels alike, is spread
+    """
     me = seat(counter)
     if me < 0:
         return
@@ -185,7 +213,13 @@ def gradient_sums(counter, dy, x, norm, floor, C, sums):
         if n >= len(x):
             break
         s1[:], s2[:] = 0, 0
-        gradient_sums_rows(dy[n], x[n], norm, floor, run, s1, s2)
+        row = spread[n] if spread.size else dy[n]
+        if spread.size:
+            for start in range(0, len(row), C):
+                pixel = row[start:start + C]
+                for c in range(C):
+                    pixel[c] = dy[n, c]
+        gradient_sums_rows(row, x[n], norm, floor, run, s1, s2)
         fold(s1, s2, unused, unused, C, n, sums, nothing)
     leave(counter, me)
 

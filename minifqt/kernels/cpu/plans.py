@@ -178,39 +178,18 @@ def finish_wgrad(total, x1, g1, tasks, N, flip_g, flip_x, present, ends, out):
 
 
 @compiled
-def moments(sums, count, mean, var):
-    """Mean and variance (C,) from Σ x and Σ x² in parts (2, parts, C), of so many numbers each."""
-    for c in range(sums.shape[2]):
-        s1, s2 = 0.0, 0.0
-        for n in range(sums.shape[1]):
-            s1, s2 = s1 + sums[0, n, c], s2 + sums[1, n, c]
-        exact = s2 / count - (s1 / count) * (s1 / count)
-        mean[c], var[c] = s1 / count, 0 if exact < 0 else exact               # NaN stays
+def momentum_step(w, grad, ends, decay, momentum, lr, v, new_w):
+    """v ← momentum · v + grad + decay · w, in its place; w ← w − lr · v.  All float32, flat.
 
-
-@compiled
-def slopes(sums, count, inv_std, weight, totals, runs):
-    """Σ g and Σ g · x̂ in parts (2, parts, C) → totals (2, C), and their means and the gain as runs.
-
-    runs (3, run), as norms.gradient takes them
+    ends, decay  where each parameter ends, and its decay
     """
-    C = sums.shape[2]
-    for c in range(C):
-        s1, s2 = 0.0, 0.0
-        for n in range(sums.shape[1]):
-            s1, s2 = s1 + sums[0, n, c], s2 + sums[1, n, c]
-        totals[0, c], totals[1, c] = s1, s2
-        gain = weight[c] * inv_std[c]
-        for i in range(c, runs.shape[1], C):
-            runs[0, i], runs[1, i], runs[2, i] = s1 / count, s2 / count, gain
-
-
-@compiled
-def momentum_step(w, grad, v, momentum, decay, lr, new_v, new_w):
-    """v ← momentum · v + grad + decay · w; w ← w − lr · v.  Flat arrays, numbers float32."""
-    for i in range(len(w)):
-        new_v[i] = momentum * v[i] + grad[i] + decay * w[i]
-        new_w[i] = w[i] - lr * new_v[i]
+    start = 0
+    for end, rate in zip(ends, decay):  # noqa: B905 - numba has no strict
+        old, g, mean, new = w[start:end], grad[start:end], v[start:end], new_w[start:end]
+        for i in range(len(g)):
+            mean[i] = momentum * mean[i] + g[i] + rate * old[i]
+            new[i] = old[i] - lr * mean[i]
+        start = end
 
 
 @compiled
