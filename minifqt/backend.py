@@ -23,6 +23,7 @@ except ImportError:
 Array: TypeAlias = Any                                    # numpy.ndarray or cupy.ndarray
 
 _blas = ThreadpoolController().select(user_api="blas").lib_controllers
+_inside, _before, _blas_lock = 0, [], Lock()              # of one_blas_thread
 _pool: ThreadPoolExecutor | None = None
 _ELEMENTS = 1 << 18                                       # in a block of elementwise work
 _LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
@@ -81,7 +82,6 @@ def map_blocks(function: Callable, count: int, size: int) -> list:
     The caller works too. BLAS runs on one thread in each worker: its own threads would fight the
     pool's and change the order of float sums.
     """
-    global _pool
     blocks = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
     results, todo = [None] * len(blocks), iter(range(len(blocks)))
 
@@ -92,10 +92,7 @@ def map_blocks(function: Callable, count: int, size: int) -> list:
 
     with one_blas_thread():
         helpers = min(_threads, len(blocks)) - 1
-        if helpers > 0 and _pool is None:
-            _pool = ThreadPoolExecutor(_threads - 1, thread_name_prefix="minifqt")
-        # each in a context of its own, with the caller's np.errstate
-        others = [_pool.submit(copy_context().run, work) for _ in range(helpers)]
+        others = [_submit(work) for _ in range(helpers)]
         try:
             copy_context().run(work)
         finally:
@@ -103,6 +100,20 @@ def map_blocks(function: Callable, count: int, size: int) -> list:
                 if not other.cancel():                    # else it came too late
                     other.result()
     return results
+
+
+def begun(function: Callable, *args) -> Callable:
+    """Lets a free thread do function(*args); call the result to get what that returns."""
+    started = _submit(function, *args)
+    return lambda: function(*args) if started.cancel() else started.result()
+
+
+def _submit(function, *args):
+    """To another thread, in a context of its own, with the caller's np.errstate."""
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(_threads - 1, thread_name_prefix="minifqt")
+    return _pool.submit(copy_context().run, function, *args)
 
 
 def elementwise(ufunc: np.ufunc, x: np.ndarray, y, dtype="float32") -> np.ndarray:
@@ -163,14 +174,21 @@ def _new_memory(size):
 @contextmanager
 def one_blas_thread():
     """Inside, BLAS runs on the calling thread: its own spin after work and eat a core."""
-    before = [library.get_num_threads() for library in _blas]
-    for library in _blas:                                 # by hand: limit() looks at them all anew
-        library.set_num_threads(1)
+    global _inside, _before
+    with _blas_lock:
+        _inside += 1
+        if _inside == 1:                                  # the first of all threads
+            _before = [library.get_num_threads() for library in _blas]
+            for library in _blas:                         # by hand: limit() looks at them all anew
+                library.set_num_threads(1)
     try:
         yield
     finally:
-        for library, count in zip(_blas, before, strict=True):
-            library.set_num_threads(count)
+        with _blas_lock:
+            _inside -= 1
+            if _inside == 0:                              # the last
+                for library, count in zip(_blas, _before, strict=True):
+                    library.set_num_threads(count)
 
 
 def segment_sum(x: Array, starts: Array) -> Array:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from minifqt.backend import Array, array_module, empty, map_blocks, to_cpu
+from minifqt.backend import Array, array_module, map_blocks, to_cpu
 
 HALF = 32768                                              # as noise everywhere it rounds to nearest
 _CHUNK = 1 << 14                                          # Philox blocks (of 16 values) in one task
@@ -118,13 +118,13 @@ class Stream:
         if xp is not np:
             return (philox(self.key, step, first, blocks, xp).view(xp.uint16)
                     .reshape(-1)[skip:skip + count].reshape(shape))
-        words = empty((blocks, 4), np.uint64)
 
-        def fill(part):
+        def words_of(part):
             generator = self._generator(first + part.start, step)
-            words[part] = generator.bit_generator.random_raw((part.stop - part.start, 4))
+            return generator.bit_generator.random_raw((part.stop - part.start, 4))
 
-        map_blocks(fill, blocks, _CHUNK)
+        words = (words_of(slice(0, blocks)) if blocks <= _CHUNK else
+                 np.concatenate(map_blocks(words_of, blocks, _CHUNK)))
         return words.view("<u2").reshape(-1)[skip:skip + count].reshape(shape)
 
     def generator(self, step: int) -> np.random.Generator:

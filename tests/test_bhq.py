@@ -7,15 +7,9 @@ from given import Given
 from minifqt import Streams
 from minifqt.kernels import reference, rounding
 from minifqt.kernels.cpu import choice
+from minifqt.kernels.reflect import _COLUMNS
 from minifqt.quantizers import bhq, create
-from minifqt.quantizers.bhq import (
-    _COLUMNS,
-    Householder,
-    Mixed,
-    compiled_reflections,
-    groups,
-    reflections,
-)
+from minifqt.quantizers.bhq import Householder, Mixed, compiled_reflections, groups, reflections
 from minifqt.rng import nearest
 
 each_width = pytest.mark.parametrize("bits", range(2, 9))
@@ -288,7 +282,8 @@ def test_transforms_keep_the_dtype_and_take_any_number_of_axes():
             assert np.array_equal(function(images).reshape(12, 60), function(flat))
 
 
-def test_columns_are_mixed_apart_from_each_other():
+def test_columns_are_mixed_apart_from_each_other(set_instructions):
+    set_instructions("numpy")
     x = student(12, 2 * _COLUMNS + 300)                   # three blocks of columns
     mix = householder(x)
     for function in (mix.apply, mix.undo, mix.undo_squared):
@@ -558,6 +553,23 @@ def test_mixed_rows_know_their_ranges(N, D, groups):
     found, finite = rounding.joined(y.summary.ranges)
     assert finite
     assert np.array_equal(found[:, :, 0], [y.min(axis=1), y.max(axis=1)])
+
+
+@each_group
+def test_rows_mixed_by_numpy_know_their_ranges_and_have_the_groups_sums(
+        N, D, groups, set_instructions):
+    set_instructions("numpy")
+    x = rows_in_groups(N, D, groups)
+    mix = householder(x)
+    y = mix.apply(x)
+    (low, high), finite = rounding.joined(rounding.known_parts(y, N))
+    assert finite
+    assert np.array_equal(low[:, 0], y.min(axis=1))
+    assert np.array_equal(high[:, 0], y.max(axis=1))
+    wide = x.astype("float64")                            # as a device does it: whole arrays
+    assert np.array_equal(y, mix._reflect(wide[mix.order] * mix.scales[:, None]).astype("float32"))
+    back = mix._reflect(np.asarray(y, "float64")) * mix.undo_scales[:, None]
+    assert np.array_equal(mix.undo(y)[mix.order], back.astype("float32"))
 
 
 def same(one, other):

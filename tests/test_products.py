@@ -1,6 +1,8 @@
 """The fast products are the plain ones, bit for bit: through float32 BLAS, through the tensor-core
 road, on any number of threads, and on a GPU where there is one.
 """
+from threading import Event
+
 import numpy as np
 import pytest
 from given import Given
@@ -8,7 +10,7 @@ from operands import assert_same_bits, codes, four_products, geometry
 from threadpoolctl import threadpool_limits
 
 from minifqt import NonFiniteError, QTensor, Streams, backend, layers, quantizers
-from minifqt.kernels import blas, engines, norm, reference, rounding
+from minifqt.kernels import blas, conv, engines, norm, reference, rounding
 
 SEEDS = range(40)
 
@@ -241,6 +243,44 @@ def test_blas_has_one_thread_inside_and_its_own_again_behind():
         with backend.one_blas_thread():
             assert counts() == {1}
         assert counts() == {2}
+
+
+def test_blas_has_one_thread_until_the_last_is_outside():
+    with threadpool_limits(2, user_api="blas"):
+        first, second = backend.one_blas_thread(), backend.one_blas_thread()
+        for enter in (first.__enter__, second.__enter__):
+            enter()
+        first.__exit__(None, None, None)                  # while another thread still multiplies
+        assert {library.get_num_threads() for library in backend._blas} == {1}
+        second.__exit__(None, None, None)
+        assert {library.get_num_threads() for library in backend._blas} == {2}
+
+
+def test_what_is_begun_is_done_by_whoever_has_time():
+    before = backend.threads()
+    backend.set_threads(2)
+    try:
+        released = Event()
+        first, second = backend.begun(released.wait), backend.begun(np.add, 1, 2)
+        assert second() == 3                              # the only helper is busy
+        released.set()
+        assert first()
+        assert backend.begun(np.multiply, 2, 3)() == 6
+    finally:
+        backend.set_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("spec", ["ptq8", "identity"])
+def test_a_weight_gradient_of_numpy_waits_for_nobody(spec, dtype, on_threads, set_instructions):
+    set_instructions("numpy")
+    rng, (quantize, _) = np.random.default_rng(0), quantizers.base.parse(spec)
+    g, x = (quantize(rng.standard_normal((40, 9, 9, C)).astype(dtype), Streams(0).stream("x"))
+            for C in (5, 3))
+    plain = conv.wgrad(g, x, (3, 3), 1, 1)
+    for found in on_threads(lambda: conv.wgrad(g, x, (3, 3), 1, 1, lazily=True)):
+        assert found.dtype == plain.dtype
+        assert np.array_equal(found, plain)
 
 
 # ---- quantizers in blocks, and sums over batch and pixels ----------------------------------------

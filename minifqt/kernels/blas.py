@@ -27,7 +27,7 @@ class Terms:
                                             for z in (self.zero_a, self.zero_b))
 
     def finish(self, ab, b1, a1, n, rows=None):
-        """reference.epilogue of sums over centred codes; a1 and n may be None if not `needs_a1`.
+        """reference.epilogue of sums over centred codes, in float64; without `needs_a1`, no a1, n.
 
         rows  the samples of this block, where a's scale and zero may differ from sample to sample
         """
@@ -46,7 +46,7 @@ class Terms:
         if self.b1_matters and self.a1_matters:
             y += (zero_a * self.zero_b) * n
         y *= scale
-        return y.astype("float32")
+        return y                                          # to be rounded by who stores it
 
     @property
     def needs_a1(self):
@@ -174,7 +174,7 @@ def conv_wgrad(g, x, kernel, stride, padding):
     with one_blas_thread():
         return Terms(g, x, turn_a=first_to_last).finish(
             gx, product(ones, image, floats), product(left, present, floats),
-            N * product(ones, present, floats))
+            N * product(ones, present, floats)).astype("float32")
 
 
 def images(engine, count, size):

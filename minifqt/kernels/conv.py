@@ -3,11 +3,13 @@
 Weights do not vary along their taps, images not along their pixels: a patch gathers pixels, so
 every axis but the one that survives in the result is contracted.
 """
-from minifqt.backend import threads
+import numpy as np
+
+from minifqt.backend import array_module, begun, threads
 from minifqt.kernels.gemm import alike, products, require_shape, sums_of
 from minifqt.kernels.reference import output_size
 from minifqt.kernels.seen import Lazy, Seen, images
-from minifqt.qtensor import QTensor, require_factorable, require_unmixed
+from minifqt.qtensor import QTensor, common_dtype, require_factorable, require_unmixed
 
 
 def fprop(x: QTensor, w: QTensor, stride: int, padding: int, lazily: bool = False):
@@ -30,7 +32,7 @@ def fprop(x: QTensor, w: QTensor, stride: int, padding: int, lazily: bool = Fals
 def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int, lazily: bool = False):
     """g (N, P, Q, K), x (N, H, W, C) → (K, R, S, C), contracts N, P, Q.
 
-    lazily  a WeightGradient if it is compiled: other threads fill their free time with it
+    lazily  a float32 WeightGradient on a CPU: other threads fill their free time with it
     """
     require_unmixed("wgrad", g)
     require_unmixed("wgrad", x)
@@ -39,10 +41,13 @@ def wgrad(g: QTensor, x: QTensor, kernel: tuple, stride: int, padding: int, lazi
     out = output_size(x.shape[1:3], kernel, stride, padding, x.name)
     require_shape("wgrad", g, (x.shape[0], *out, g.shape[3]))
     sums, (g, x) = sums_of(g, x), alike(g, x)
-    if lazily and sums is products and threads() > 1:
-        return WeightGradient((g.shape[3], *kernel, x.shape[3]),
-                              products.begin_wgrad(g, x, kernel, stride, padding))
-    return sums.conv_wgrad(g, x, kernel, stride, padding)
+    work = g, x, kernel, stride, padding
+    on_cpu = array_module(g.codes) is np and common_dtype(g, x) == "float32"
+    if lazily and on_cpu and threads() > 1:
+        end = (products.begin_wgrad(*work) if sums is products else
+               begun(sums.conv_wgrad, *work))
+        return WeightGradient((g.shape[3], *kernel, x.shape[3]), end)
+    return sums.conv_wgrad(*work)
 
 
 def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int, lazily: bool = False):
@@ -60,7 +65,7 @@ def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int, lazily
 
 
 class WeightGradient(Lazy):
-    """A compiled wgrad under way; who reads it ends it."""
+    """A wgrad under way; who reads it ends it."""
 
     def __init__(self, shape, end):
         super().__init__(shape)

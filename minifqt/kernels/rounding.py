@@ -183,8 +183,15 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
             end = x.rounded(rounding, out.reshape(len(x), -1))
             end() if _now.ends is None else _now.ends.append(end)
         return out.view(dtype)
-    x, h, out = np.asarray(x), stream.bits(shape).reshape(x.shape), empty(x.shape, dtype)
+    x, out, D = np.asarray(x), empty(x.shape, dtype), x.shape[1]
     anchored, signed = code.any(), lowest < 0
+    given = None if source else stream.bits(shape).reshape(x.shape)   # who knows in which way
+
+    def noise(at):
+        if not source:
+            return given[at]
+        first = sum(part.start * size for part, size in zip(at, (D, 1), strict=True) if part.start)
+        return stream.bits(x[at].shape, offset=first) if source[2] < 0 else source[2]
 
     def block(at):
         part, rows = x[at], at[0]
@@ -194,7 +201,7 @@ def _codes(x, stream, shape, shift, inv, code, limits, dtype):
         if anchored:
             v += code[rows, None]
         np.clip(v, lowest, highest, out=v)
-        v += h[at]                                        # integers below 2²⁴: exact
+        v += noise(at)                                    # integers below 2²⁴: exact
         v *= np.float32(1 / UNIT)
         out[at] = np.floor(v, out=v) if signed else v     # the cast cuts what is behind the point
 

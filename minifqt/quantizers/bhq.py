@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from minifqt.backend import Array, array_module, empty, map_blocks, segment_sum, threads
+from minifqt.backend import Array, array_module, empty, segment_sum, threads
+from minifqt.kernels import reflect
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.rounding import rounding_of
 from minifqt.kernels.seen import Lazy, Summary, blank, images, suits
@@ -21,7 +22,6 @@ if choice.numba is not None:
     from minifqt.kernels.cpu import mixing, plans
     from minifqt.kernels.cpu.team import share
 
-_COLUMNS = 2048                                           # that NumPy mixes at a time
 ROOM = 1 << 20                                            # bytes of a group's mixed rows, in cache
 
 
@@ -182,24 +182,28 @@ class Householder:
         """T⁻¹·y = diag(1/s) · Q · y, rows back in the samples' order, in y's dtype."""
         if suits(y):
             return Mixed(y, self, to_samples=True).form()
-
-        def unmixed(part):
-            y = self._reflect(part.astype("float64"))
-            y *= self.undo_scales[:, None]
-            return y
-
-        return self._by_columns(y, self.order, unmixed)
+        if array_module(y) is np:
+            return reflect.undo(y, self._reflection, self.order, self.undo_scales)
+        return self._by_rows(y, self.order, lambda y: (
+            self._reflect(y.astype("float64")) * self.undo_scales[:, None]))
 
     def _scaled(self, x, scales):
         if suits(x):
             return Mixed(x, self, scales).form()
-        return self._by_columns(
-            x, slice(None), lambda part: self._reflect(part[self.order] * scales[:, None]))
+        if array_module(x) is np:
+            return reflect.apply(x, self._reflection, self.order, scales)
+        return self._by_rows(
+            x, slice(None), lambda x: self._reflect(x[self.order] * scales[:, None]))
 
     @cached_property
     def largest(self) -> int:
         """Rows of the largest group."""
         return int(self._count.max())
+
+    @cached_property
+    def _reflection(self):
+        starts, root, gain, v, *_ = self.plan
+        return reflect.Reflection(starts[:-1], np.diff(starts), root, gain, v)
 
     @cached_property
     def plan(self):
@@ -222,7 +226,7 @@ class Householder:
             mixed = array_module(v).where(leads, sums / n, small)
             return mixed * self.undo_scales[:, None] ** 2
 
-        return self._by_columns(v.astype("float64"), self.order, squared)
+        return self._by_rows(v.astype("float64"), self.order, squared)
 
     def _reflect(self, y):
         """Q·y = y − v · (y₁ − Σy/√n) / (1 − 1/√n) in each group, in place.  (N, D) float64."""
@@ -240,19 +244,11 @@ class Householder:
         sums = segment_sum(y, self.starts)
         return sums, y[self.starts[:len(sums)].clip(0, len(y) - 1)]
 
-    def _by_columns(self, x, rows, function):
-        """function of (N, columns), float64, put into these rows and rounded once to x's dtype."""
-        xp = array_module(x)
-        flat = (np.asarray(x) if xp is np else x).reshape(len(x), -1)
-        out = empty(flat.shape, x.dtype, xp)
-
-        def block(columns):
-            out[rows, columns] = function(flat[:, columns])
-
-        if xp is np:
-            map_blocks(block, flat.shape[1], _COLUMNS)
-        else:
-            block(slice(None))
+    def _by_rows(self, x, rows, function):
+        """function of (N, D), float64, put into these rows and rounded once to x's dtype."""
+        flat = x.reshape(len(x), -1)
+        out = array_module(x).empty(flat.shape, x.dtype)
+        out[rows] = function(flat)
         return out.reshape(x.shape)
 
 

@@ -1,0 +1,75 @@
+"""BHQ's reflections by NumPy alone: a few columns at a time, the groups' rows in a handy order.
+
+All leaders come first, then the second row of each group that has one, then the third, …, larger
+groups before smaller ones: a sum over groups is then a few sums of slices, which copy nothing.
+"""
+import numpy as np
+
+from minifqt.backend import empty, map_blocks
+from minifqt.kernels.seen import Seen, Summary
+
+_COLUMNS = 2048                                           # mixed at a time
+
+
+class Reflection:
+    """Q·y = y − v · (y₁ − root · Σy) · gain in each group, in place, rounded as it stands.
+
+    starts, count, root, gain  of each group;  v  (N,) of mixed rows;  rows  those in our order
+    """
+
+    def __init__(self, starts, count, root, gain, v):
+        by_size = np.argsort(-count, kind="stable")
+        groups = [by_size[:(count > k).sum()] for k in range(count.max())]
+        self.rows = np.concatenate([starts[some] + k for k, some in enumerate(groups)])
+        ends = np.cumsum([len(some) for some in groups])
+        self.runs = [slice(end - len(some), end)
+                     for end, some in zip(ends, groups, strict=True)]
+        self.root, self.gain, self.v = root[by_size, None], gain[by_size, None], v[self.rows, None]
+
+    def __call__(self, y):
+        first, *others = (y[run] for run in self.runs)
+        c = first.copy()
+        for some in others:
+            c[:len(some)] += some
+        c *= self.root
+        np.subtract(first, c, out=c)
+        c *= self.gain
+        for run in self.runs:
+            y[run] -= c[:run.stop - run.start] * self.v[run]
+
+
+def apply(x, reflection, order, scales):
+    """Q · diag(scales) · x, which knows its rows' ranges: float64, rounded once.
+
+    x (N, …); mixed row i is row order[i] of x, scales (N,) of mixed rows
+    """
+    rows, flat = reflection.rows, np.asarray(x).reshape(len(x), -1)
+    source, scales, out = order[rows], scales[rows, None], empty(flat.shape, x.dtype)
+
+    def block(columns):
+        y = flat[:, columns][source] * scales
+        reflection(y)
+        y, ranges = y.astype(x.dtype), np.empty((2, len(y), 1), x.dtype)
+        out[rows, columns] = y
+        ranges[:, rows] = y.min(axis=1, keepdims=True), y.max(axis=1, keepdims=True)
+        return ranges
+
+    ranges = np.concatenate(map_blocks(block, flat.shape[1], _COLUMNS), axis=2)
+    mixed = out.reshape(x.shape).view(Seen)
+    mixed.summary = Summary(ranges, None)
+    return mixed
+
+
+def undo(y, reflection, order, scales):
+    """diag(scales) · Q · y, rows back in the samples' order: float64, rounded once."""
+    rows, flat = reflection.rows, np.asarray(y).reshape(len(y), -1)
+    target, scales, out = order[rows], scales[rows, None], empty(flat.shape, y.dtype)
+
+    def block(columns):
+        x = flat[:, columns][rows].astype("float64")
+        reflection(x)
+        x *= scales
+        out[target, columns] = x
+
+    map_blocks(block, flat.shape[1], _COLUMNS)
+    return out.reshape(y.shape)
