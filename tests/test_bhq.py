@@ -1,4 +1,6 @@
 """BHQ: the released algorithm to the row, nothing dense, no copy to the host, exact edges."""
+from fractions import Fraction
+
 import authors
 import numpy as np
 import pytest
@@ -9,7 +11,14 @@ from minifqt.kernels import reference, rounding
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.reflect import _COLUMNS
 from minifqt.quantizers import bhq, create
-from minifqt.quantizers.bhq import Householder, Mixed, compiled_reflections, groups, reflections
+from minifqt.quantizers.bhq import (
+    BHQ,
+    Householder,
+    compiled_reflections,
+    groups,
+    inverse_cube_root,
+    reflections,
+)
 from minifqt.rng import nearest
 
 each_width = pytest.mark.parametrize("bits", range(2, 9))
@@ -51,7 +60,7 @@ def ranges_of(x):
 
 
 def householder(x):
-    return Householder(x.min(axis=1).astype("float64"), x.max(axis=1).astype("float64"))
+    return Householder(*reflections(*(v.astype("float64") for v in (x.min(axis=1), x.max(axis=1)))))
 
 
 def dense(mix, N):
@@ -296,12 +305,12 @@ def test_columns_are_mixed_apart_from_each_other(set_instructions):
 def test_apply_rescaled_is_apply_in_units_of_the_group(matrix):
     x = matrix().astype("float64")
     mix = householder(x)
-    y, exponent = mix.apply_rescaled(x)
-    assert np.array_equal(np.ldexp(y, exponent), mix.apply(x))
+    y = mix.apply_rescaled(x)
+    assert np.array_equal(np.ldexp(y, mix.exponent[:, None]), mix.apply(x))
     assert 0.01 < abs(y).max() < 100                      # near 1 whatever the size
     for k in (-60, 60):
         scaled = np.ldexp(x, k)
-        assert np.array_equal(householder(scaled).apply_rescaled(scaled)[0], y)
+        assert np.array_equal(householder(scaled).apply_rescaled(scaled), y)
 
 
 @each_size
@@ -477,9 +486,8 @@ def test_building_the_transform_asks_for_no_number(N, set_instructions):
     x = student(N, 20)
     x[1::7], x[2::5] = 0, 3
     low, high = x.min(axis=1).astype("float64"), x.max(axis=1).astype("float64")
-    mix = Householder(guard(low), guard(high))
-    expected = householder(x)
-    for field in ("order", "group", "starts", "n", "scales", "undo_scales", "exponent"):
+    mix, expected = Householder(*reflections(guard(low), guard(high))), householder(x)
+    for field in ("order", "group", "starts", "n", "exponent", "scales", "rescaled", "undo_scales"):
         assert isinstance(getattr(mix, field), NoSync), field
         assert np.array_equal(bare(getattr(mix, field)), getattr(expected, field)), field
 
@@ -498,11 +506,32 @@ def leaders_of(ranges):
 
 def test_the_scales_are_the_released_ones_down_to_the_floor():
     for small in (0.3, 1e-25, 1e-35):
-        mix = Householder(np.zeros(4), np.array([1, small, small, small]))
-        unit = 2.0**mix.exponent                          # scales are in units of 2^exponent
-        expected = np.array([1 / 2, *[max(small, 1e-30) * 0.5 / 3] * 3])  # √n = 2, max|Q| = ½
-        np.testing.assert_allclose(mix.scales, (expected / unit) ** (-1 / 3),
-                                   rtol=1e-12)            # a few float64 roundings
+        ranges = np.array([[0] * 4, [1, small, small, small]], "float32")
+        for _, _, exponent, scales, rescaled, undo_scales, *_ in reflected(ranges[:, :, None]):
+            unit = 2.0**exponent                          # scales are in units of 2^exponent
+            expected = np.array([1 / 2, *[max(float(ranges[1, 1]), 1e-30) * 0.5 / 3] * 3])
+            # √n = 2, max|Q| = ½; a few float64 roundings
+            np.testing.assert_allclose(scales, (expected / unit) ** (-1 / 3), rtol=1e-12)
+            assert np.array_equal(rescaled * unit, scales)
+            assert np.array_equal(undo_scales, 1 / scales)
+
+
+def reflected(parts):
+    """`reflections` of rows whose parts have these ranges (2, N, parts), plain and compiled."""
+    low, high = parts.astype("float64")
+    yield reflections(low.min(axis=1), high.max(axis=1))
+    if choice.instructions() != "numpy":
+        yield compiled_reflections(parts)
+
+
+def test_the_inverse_cube_root_is_good_to_the_last_bits_and_exact_in_powers_of_eight():
+    x = np.exp(np.random.default_rng(0).uniform(-90, 3, 300))
+    y = inverse_cube_root(x)
+    for a, b in zip(x, y, strict=True):
+        # 1.3 units in the last place of y, three times as much in its cube
+        assert abs(Fraction(a) * Fraction(b) ** 3 - 1) < 4 * 2**-52
+    for k in (-20, -1, 7):
+        assert np.array_equal(inverse_cube_root(np.ldexp(x, 3 * k)), np.ldexp(y, -k))
 
 
 # ------------------------------------------------------------------------------------ compiled rows
@@ -518,17 +547,31 @@ def test_compiled_reflections_are_the_plain_ones_bit_for_bit(kind, N):
         if kind == "dwarfs":
             ranges = ranges ** 20
         if kind == "equal":
-            ranges = np.round(ranges)
+            low, ranges = np.round(low), np.round(ranges)
         high = low + ranges
         if kind in ("constant", "zero"):
             some = rng.random(N) < rng.random()
-            low[some] = high[some] = 0 if kind == "zero" else rng.standard_normal(some.sum())
-        if kind in ("huge", "tiny"):
-            low, high = (np.ldexp(v, 140 if kind == "huge" else -140) for v in (low, high))
-        for found, plain in zip(compiled_reflections(low, high), reflections(low, high),
-                                strict=True):
-            assert found.dtype.kind == plain.dtype.kind
-            assert np.array_equal(found, plain)
+            low[some] = high[some] = (kind == "constant") * rng.standard_normal(some.sum()).round()
+        largest = np.frexp(max(abs(low).max(), abs(high).max()))[1]
+        unit = {"huge": 127 - largest, "tiny": -140, "dwarfs": -largest}.get(kind, 0)
+        parts = np.ldexp([low, high], unit).astype("float32")[:, :, None] * [1, 0.5, 1]
+        parts = np.sort(parts.astype("float32"), axis=0)  # the lowest and highest lie in any part
+        plain, compiled = reflected(parts)
+        sizes = Householder(*plain).sizes
+        for found, expected in zip(compiled, (*plain, sizes), strict=True):
+            assert np.asarray(found).dtype.kind == np.asarray(expected).dtype.kind
+            assert np.array_equal(found, expected)
+
+
+@needs_numba
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_ranges_that_are_not_finite_make_no_group(bad):
+    for at in (0, 4):
+        for end in (0, 1):
+            parts = np.stack([-np.ones((5, 3), "float32"), np.ones((5, 3), "float32")])
+            assert compiled_reflections(parts)[-1] == (2, 3)
+            parts[end, at, 1] = bad
+            assert compiled_reflections(parts)[-1] == (0, 0)
 
 
 def rows_in_groups(N, D, groups):
@@ -579,15 +622,15 @@ def same(one, other):
 
 @pytest.fixture
 def attempts(monkeypatch):
-    """Whether each call of Mixed.quantized found codes while rows were mixed."""
-    found, quantized = [], Mixed.quantized
+    """Whether each call of BHQ found codes while rows were mixed."""
+    found, in_cache = [], BHQ._in_cache
 
     def watched(self, *arguments):
-        result = quantized(self, *arguments)
+        result = in_cache(self, *arguments)
         found.append(result is not None)
         return result
 
-    monkeypatch.setattr(Mixed, "quantized", watched)
+    monkeypatch.setattr(BHQ, "_in_cache", watched)
     return found
 
 
@@ -601,7 +644,7 @@ def test_rows_quantized_in_cache_have_the_codes_of_formed_ones(N, D, groups, noi
     in_cache = on_threads(lambda: q(x, stream))
     largest = householder(x).n.max() if N > 2 else 1
     assert attempts == [2 * threads * largest <= N for threads in (1, 2, 4)]
-    monkeypatch.setattr(Mixed, "quantized", lambda *_: None)
+    monkeypatch.setattr(BHQ, "_in_cache", lambda *_: None)
     formed = q(x, stream)
     assert all(same(t, formed) for t in in_cache)
 

@@ -17,10 +17,10 @@ from minifqt.kernels.cpu import choice
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(path.stem for path in (ROOT / "minifqt/kernels/cpu").glob("[a-z]*.py"))
-FROM_TILES = {"codes", "floats", "mixing", "norms", "packing", "plans", "products", "sums", "tiles",
-              "wgrad"}
+FROM_TILES = {"codes", "floats", "householder", "mixing", "norms", "packing", "plans", "products",
+              "sums", "tiles", "wgrad"}
 FROM_NOISE = FROM_TILES - {"packing", "tiles"} | {"noise"}
-FROM_PLANS = {"plans", "mixing", "sums", "wgrad", "floats", "products"}
+FROM_PLANS = {"plans", "householder", "mixing", "sums", "wgrad", "floats", "products"}
 
 
 @pytest.mark.parametrize("name", ["avx512", "", "AVX2"])

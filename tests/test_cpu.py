@@ -525,7 +525,7 @@ def test_compiled_row_mixing_has_the_bits_of_numpys(shape, both_ways):
         t = quantizers.create("bhq", 5)(x, Streams(0).stream("x"))
         if t.mix is None:
             return [t.codes]
-        return [t.codes, t.scale, t.zero, t.mix.apply(x), t.mix.undo(x), *t.mix.apply_rescaled(x)]
+        return [t.codes, t.scale, t.zero, t.mix.apply(x), t.mix.undo(x), t.mix.apply_rescaled(x)]
 
     assert_same_bits(*both_ways(results))
 

@@ -14,17 +14,20 @@ _COLUMNS = 2048                                           # mixed at a time
 class Reflection:
     """Q·y = y − v · (y₁ − root · Σy) · gain in each group, in place, rounded as it stands.
 
-    starts, count, root, gain  of each group;  v  (N,) of mixed rows;  rows  those in our order
+    starts  (groups + 1,) of groups among mixed rows;  rows  those in our order
     """
 
-    def __init__(self, starts, count, root, gain, v):
+    def __init__(self, starts):
+        count = np.diff(starts)
         by_size = np.argsort(-count, kind="stable")
         groups = [by_size[:(count > k).sum()] for k in range(count.max())]
         self.rows = np.concatenate([starts[some] + k for k, some in enumerate(groups)])
         ends = np.cumsum([len(some) for some in groups])
         self.runs = [slice(end - len(some), end)
                      for end, some in zip(ends, groups, strict=True)]
-        self.root, self.gain, self.v = root[by_size, None], gain[by_size, None], v[self.rows, None]
+        self.root = 1 / np.sqrt(count[by_size, None])
+        self.gain = 1 / np.where(self.root < 1, 1 - self.root, 1)
+        self.v = [(k == 0) - self.root[:len(some)] for k, some in enumerate(groups)]
 
     def __call__(self, y):
         first, *others = (y[run] for run in self.runs)
@@ -34,8 +37,8 @@ class Reflection:
         c *= self.root
         np.subtract(first, c, out=c)
         c *= self.gain
-        for run in self.runs:
-            y[run] -= c[:run.stop - run.start] * self.v[run]
+        for run, v in zip(self.runs, self.v, strict=True):
+            y[run] -= c[:len(v)] * v
 
 
 def apply(x, reflection, order, scales):

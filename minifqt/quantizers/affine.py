@@ -32,14 +32,22 @@ def as_rows(x: Array, rows: int) -> Array:
         return row.astype("float32")
 
 
+def range_parts(x: Array, rows: int) -> Array:
+    """Minima and maxima of parts of each row, (2, rows, parts), found before or now."""
+    parts = rounding.known_parts(x, rows)
+    return rounding.row_parts(as_rows(x, rows)) if parts is None else parts
+
+
 def finite_ranges(x: Array, rows: int, stream: Stream | None = None) -> Array:
     """Minimum and maximum of each row, (2, rows, 1).  NonFiniteError names the stream or "x"."""
-    parts = rounding.known_parts(x, rows)
-    if parts is None:
-        parts = rounding.row_parts(as_rows(x, rows))
-    ranges, finite = rounding.joined(parts)
-    (stream or Streams(0).stream("x")).require_finite(finite)
+    ranges, finite = rounding.joined(range_parts(x, rows))
+    require_finite(finite, stream)
     return ranges
+
+
+def require_finite(finite: Array | bool, stream: Stream | None = None) -> None:
+    """NonFiniteError, which names the stream or "x", unless finite."""
+    (stream or Streams(0).stream("x")).require_finite(finite)
 
 
 def rescaled(x: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array | int]:

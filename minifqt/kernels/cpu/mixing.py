@@ -1,4 +1,6 @@
 """The row transform of BHQ, compiled: reflections of groups of rows by group sums, in cache."""
+import math
+
 import numpy as np
 
 from minifqt.kernels.cpu.board import leave, seat, take
@@ -12,9 +14,13 @@ CHUNK = 16 * 2 * TURN                                     # columns of a group a
 
 
 @compiled
-def group_sum(x, source, before, left, right, root, gain, total):
-    """total = (y₁ − Σy · root) · gain over y_j = x[source[j], left:right] · before[j], float64."""
+def group_sum(x, source, before, left, right, root, total):
+    """total = (y₁ − Σy · root) · gain over y_j = x[source[j], left:right] · before[j], float64.
+
+    root  1/√n;  gain = 1 / (1 − root)
+    """
     n, lead, scale = len(source), x[source[0], left:right], before[0]
+    gain = 1 / (1 - root) if n > 1 else 1.0
     if n == 2 or n == 3:                                  # most groups: the same in one loop
         one, other, p, q = (x[source[1], left:right], x[source[n - 1], left:right], before[1],
                             before[n - 1])
@@ -50,7 +56,7 @@ def reflect_row(row, before, v, total, after, out):
 
 
 @compiled
-def reflect(counter, x, source, before, starts, root, gain, v, target, after, parts, out, ranges):
+def reflect(counter, x, source, before, starts, target, after, parts, out, ranges):
     """out[target[j]] = reflect_row of x[source[j]], in groups of rows between `starts`.
 
     x, out (N, D);  parts  into which columns are cut, for the threads to share
@@ -67,16 +73,17 @@ def reflect(counter, x, source, before, starts, root, gain, v, target, after, pa
             break
         group, part = task // parts, task % parts
         first, last = starts[group], starts[group + 1]
+        root = 1 / math.sqrt(last - first)
         low[first:last], high[first:last] = NOTHING_YET
         stop = (part + 1) * D // parts
         for left in range(part * D // parts, stop, CHUNK):
             right = min(stop, left + CHUNK)
             total = totals[:right - left]
-            group_sum(x, source[first:last], before[first:last], left, right, root[group],
-                      gain[group], total)
+            group_sum(x, source[first:last], before[first:last], left, right, root, total)
             for j in range(first, last):
                 y = out[target[j], left:right]
-                reflect_row(x[source[j], left:right], before[j], v[j], total, after[j], y)
+                reflect_row(x[source[j], left:right], before[j], (j == first) - root, total,
+                            after[j], y)
                 low[j], high[j] = widen(y, low[j], high[j])
         for j in range(first, last):
             r = target[j]
@@ -85,11 +92,11 @@ def reflect(counter, x, source, before, starts, root, gain, v, target, after, pa
 
 
 @compiled
-def reflect_and_round(counter, rows, x, beside, source, before, starts, root, gain, v, bins,
-                      exponent, key, step, constant, grids, codes):
+def reflect_and_round(counter, x, beside, source, before, starts, largest, bins, exponent, key,
+                      step, constant, grids, codes):
     """Codes (N, D) of the mixed rows, each on the grid of its own range: a group stays in cache.
 
-    rows    (threads, rows of the largest group, D) float32, scratch
+    largest  rows of a group, at most
     beside  another rounding, of x itself (codes.round_beside)
     exponent, grids  (N,), (3, N) as in plans.grid; a row that must be rescaled gets no codes
     """
@@ -98,23 +105,23 @@ def reflect_and_round(counter, rows, x, beside, source, before, starts, root, ga
         return
     N, D = x.shape
     low, high, totals = np.empty(N, np.int32), np.empty(N, np.int32), np.empty(CHUNK)
-    words = np.empty(4 * BLOCKS, np.uint64)
+    rows, words = np.empty((largest, D), np.float32), np.empty(4 * BLOCKS, np.uint64)
     top, nothing = np.float32(UNIT * bins), np.float32(0)
     while True:
         group = take(counter)
         if group >= len(starts) - 1:
             break
         first, last = starts[group], starts[group + 1]
+        root = 1 / math.sqrt(last - first)
         low[first:last], high[first:last] = NOTHING_YET
         for left in range(0, D, CHUNK):
             right = min(D, left + CHUNK)
             total = totals[:right - left]
-            group_sum(x, source[first:last], before[first:last], left, right, root[group],
-                      gain[group], total)
+            group_sum(x, source[first:last], before[first:last], left, right, root, total)
             for j in range(first, last):
-                row, y = x[source[j], left:right], rows[me, j - first, left:right]
+                row, y = x[source[j], left:right], rows[j - first, left:right]
                 round_beside(row, source[j] * D + left, beside, words)
-                reflect_row(row, before[j], v[j], total, 1.0, y)
+                reflect_row(row, before[j], (j == first) - root, total, 1.0, y)
                 low[j], high[j] = widen(y, low[j], high[j])
         for j in range(first, last):
             least, most = range_of(low[j], high[j])
@@ -123,6 +130,6 @@ def reflect_and_round(counter, rows, x, beside, source, before, starts, root, ga
             for left in range(0, D if scale > 0 else 0, CHUNK):
                 right = min(D, left + CHUNK)
                 noise = noise_of(key, step, j * D + left, right - left, constant, words)
-                round_run(rows[me, j - first, left:right], noise, least, inv, nothing, nothing, top,
+                round_run(rows[j - first, left:right], noise, least, inv, nothing, nothing, top,
                           codes[j, left:right])
     leave(counter, me)

@@ -1,9 +1,9 @@
 """Small arithmetic between kernels, compiled: in NumPy it is a hundred short calls a layer.
 
-What is computed, and why, is said elsewhere, and tests compare the bits: `reflections` and `groups`
-in quantizers/bhq.py, `grid` in quantizers/affine.py, `symmetric` as Symmetric in
-quantizers/ptq.py, `joined` in kernels/rounding.py, `epilogue` in kernels/reference.py; the ranges
-of a batch norm are those of its formed array.
+What is computed, and why, is said elsewhere, and tests compare the bits: `grid` in
+quantizers/affine.py, `symmetric` as Symmetric in quantizers/ptq.py, `joined` in
+kernels/rounding.py, `epilogue` in kernels/reference.py; the ranges of a batch norm are those of its
+formed array. BHQ's own: householder.py.
 """
 import math
 
@@ -15,69 +15,6 @@ from minifqt.kernels.reference import UNIT
 
 SMALLEST, TINY, NARROW, LARGE = (np.float32(2.0**e) for e in (-149, -76, -100, 119))   # affine.py
 ZERO = np.float32(0)
-
-
-@compiled
-def groups(low, high, by_range, order, group, starts, count):
-    """bhq.groups of rows in the order of bhq.by_size, and where each group starts and how many."""
-    N, M, largest = len(low), 0, 0.0
-    for n in range(N):
-        largest = max(largest, high[n] - low[n])
-        M += not (high[n] == low[n] and low[n] != 0)      # the others stay alone
-    unit, total = largest if largest > 0 else 1.0, np.int64(0)
-    values, sums = np.empty(N, np.int64), np.empty(N, np.int64)
-    for i in range(N):
-        n = by_range[i]
-        values[i] = np.int64(np.rint((high[n] - low[n]) / unit * 2.0**23))
-        total += values[i]
-        sums[i] = total
-    small = 0
-    for k in range(1, M):
-        if k * values[M - k - 1] > sums[M - k - 1]:
-            small = k
-            break
-    G, at, row = M - small, 0, M - small
-    whole = max(sums[G - 1], 1) if G > 0 else 1
-    starts[:], count[:] = N, 0
-    for g in range(G + N - M):                            # leaders, then rows that stay alone
-        starts[g] = at
-        order[at], group[at] = by_range[g if g < G else M + g - G], g
-        at += 1
-        end = G + np.int64(np.rint(sums[g] * small / whole)) if g < G - 1 else M
-        while row < min(end, M):                          # its share of the small ones
-            order[at], group[at] = by_range[row], g
-            at, row = at + 1, row + 1
-        count[g] = at - starts[g]
-
-
-@compiled
-def reflectors(low, high, order, group, starts, count, v, outside, cube, exponent):
-    """v, outside, cube and exponent of mixed rows, as bhq.reflections finds them."""
-    for j in range(len(order)):
-        first, n = starts[group[j]], count[group[j]]
-        lead, second = order[first], order[min(first + 1, len(order) - 1)]
-        root, large = 1 / math.sqrt(n), high[lead] - low[lead]
-        less = max(high[second] - low[second], 1e-30 * large)
-        v[j] = (1.0 if j == first else 0.0) - root
-        exponent[j] = math.frexp(large)[1] if large > 0 else 0
-        large, less = math.ldexp(large, -exponent[j]), math.ldexp(less, -exponent[j])
-        outside[j] = 1 / (n - math.sqrt(n)) if n > 1 else 1.0
-        highest = (math.sqrt(0.5) if n == 2 else
-                   max(outside[j], abs(1 - outside[j]), 1 / math.sqrt(n)))
-        cube[j] = large / math.sqrt(n) if j == first else less * highest / max(n - 1, 1)
-        cube[j] = cube[j] if n > 1 and cube[j] > 0 else 1.0
-
-
-@compiled
-def scales_of(low, high, order, count, thirds, exponent, root, gain, scales, undo_scales):
-    """root and gain of groups, scales and undo_scales of mixed rows from the cube roots s⁻¹."""
-    for i in range(len(order)):
-        root[i] = 1 / math.sqrt(max(count[i], 1))
-        gain[i] = 1 / (1 - root[i] if root[i] < 1 else 1.0)
-        room = 32 if exponent[i] > 118 else 0             # or a scale near 2¹²⁸ would overflow
-        scales[i], exponent[i] = math.ldexp(1 / thirds[i], -room), exponent[i] - room
-        n = order[i]
-        undo_scales[i] = 0.0 if low[n] == 0 and high[n] == 0 else 1 / scales[i]
 
 
 @compiled

@@ -100,7 +100,7 @@ class Correlation:
         """
         N, P, Q, K = self.shape
         residual = NOTHING[0] if residual is None else residual
-        largest, *mix = alone(N) if self.mix is None else (self.mix.largest, *self.mix.plan)
+        largest, *mix = alone(N) if self.mix is None else self.mix.plan
         strip = self._strip(2 * STRIP // (4 * largest * Q * K))           # a group's lie in cache
         y, sums = empty(self.shape), np.empty((2, (len(mix[0]) - 1) * -(-P // strip), K))
         share(correlate_gated, *self._operands, strip, largest, *mix, residual, x, norm, floor, y,
@@ -127,9 +127,8 @@ def present_taps(size, taps, offset, spread, stride, out):
 
 @cache
 def alone(N):
-    """`largest` and `plan`, as Householder has them, of N rows that are not mixed."""
-    rows, ones = np.arange(N), np.ones(N)
-    return 1, np.arange(N + 1), ones, ones, np.zeros(N), rows, ones
+    """Householder's `plan` of N rows that are not mixed."""
+    return 1, np.arange(N + 1), np.arange(N), np.ones(N)
 
 
 def conv_wgrad(g, x, kernel, stride, padding):

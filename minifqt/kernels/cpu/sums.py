@@ -6,6 +6,8 @@ words. The unsigned operand holds images or gradients, the signed one weights, w
 packs for itself (packing.py); codes of the other kind are moved by 128 privately. float32 passes as
 its bits, and its epilogue is float32. Who calls, and with what: products.py. Next: wgrad.py.
 """
+import math
+
 import numpy as np
 
 from minifqt.kernels.cpu.board import leave, seat, take
@@ -166,8 +168,8 @@ def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, t
 
 @compiled
 def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, turned, scale_b,
-                    offset, spread, stride, down, row_kind, right, strip, largest, starts, root,
-                    gain, v, target, after, residual, x, norm, floor, y, sums):
+                    offset, spread, stride, down, row_kind, right, strip, largest, starts, target,
+                    after, residual, x, norm, floor, y, sums):
     """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
 
     largest  rows of a group, at most
@@ -194,6 +196,7 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
             break
         group, top = task // strips, task % strips * strip
         height, first, last = min(strip, P - top), starts[group], starts[group + 1]
+        root = 1 / math.sqrt(last - first)
         s1[:], s2[:], D, at = 0, 0, height * Q * K, top * Q * K
         for j in range(first, last):
             place(canvas, a[j], flip, top * stride // spread, corner)
@@ -208,11 +211,12 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
                           mixed[j - first, p * Q * K:(p + 1) * Q * K])
         for left in range(0, D, 4 * run):
             right = min(D, left + 4 * run)
-            group_sum(mixed, order[:last - first], ones[:last - first], left, right, root[group],
-                      gain[group], total[:right - left])
+            group_sum(mixed, order[:last - first], ones[:last - first], left, right, root,
+                      total[:right - left])
             for j in range(first, last):
                 out = flat_y[target[j], at + left:at + right]
-                reflect_row(mixed[j - first, left:right], 1.0, v[j], total, after[j], out)
+                reflect_row(mixed[j - first, left:right], 1.0, (j == first) - root, total,
+                            after[j], out)
                 if residual.size:
                     more = residual[target[j], at + left:at + right]
                     for i in range(len(out)):
