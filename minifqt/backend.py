@@ -135,7 +135,7 @@ class _Loan:
             self.memory = _shelf[size].pop()
         except (KeyError, IndexError):
             self.memory = _new_memory(size)
-        self.__array_interface__ = self.memory.__array_interface__
+        self.__array_struct__ = self.memory.__array_struct__
 
     def __del__(self):
         _shelf.setdefault(len(self.memory), []).append(self.memory)

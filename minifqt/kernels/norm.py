@@ -13,7 +13,7 @@ from minifqt.kernels.cpu import choice
 from minifqt.kernels.seen import Lazy, Seen, Summary, blank, images, runs, suits, summary
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import codes, norms, plans
+    from minifqt.kernels.cpu import codes, norms, plans, scales
     from minifqt.kernels.cpu.team import begin, share
 
 _BLOCK = 1 << 18                                          # elements
@@ -164,9 +164,8 @@ class Normalized(Lazy):
 
         rounding  as codes.round_rows takes it, of one row
         """
-        shift, inv, code, *rest = rounding
-        return begin(codes.round_normalized, *self.operands(), shift[0], inv[0], code[0], *rest,
-                     out)
+        ways, *rest = rounding
+        return begin(codes.round_normalized, *self.operands(), *ways[:, 0], *rest, out)
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""
@@ -178,10 +177,10 @@ class Normalized(Lazy):
 
     @property
     def summary(self) -> Summary:
-        """Its ranges, exact: rounding is monotone, so extremes of x become those of y."""
+        """Its ranges over all images, (2, 1, C), exact: rounding is monotone, extremes stay so."""
         ranges = summary(self.x).ranges
-        found = np.empty_like(ranges)
-        plans.normalized_ranges(ranges, *self.vectors, self.floor, found)
+        found = np.empty((2, 1, ranges.shape[2]), np.float32)
+        scales.normalized_ranges(ranges, *self.vectors, self.floor, found)
         return Summary(found, None)
 
     def backward(self, dy) -> tuple[Lazy, np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ def round_run(x, noise, shift, inv, code, lowest, highest, out):
 def round_beside(x, first, beside, words):
     """Another rounding of numbers x, elements first .. of their array, if one is asked for.
 
-    beside  shift, inv, code .. constant as round_rows takes them, but numbers; codes, flat or empty
+    beside  shift, inv, code; lowest .. constant as round_rows takes them; codes, flat or empty
     """
     shift, inv, code, lowest, highest, key, step, constant, out = beside
     if out.size:
@@ -43,8 +43,8 @@ def round_beside(x, first, beside, words):
 
 
 @compiled
-def round_rows(counter, x, beside, shift, inv, code, lowest, highest, key, step, constant, out):
-    """Codes of x (N, D) with one shift, inv and code a row; noise of flat elements."""
+def round_rows(counter, x, beside, ways, lowest, highest, key, step, constant, out):
+    """Codes of x (N, D) with one shift, inv and code a row, ways (3, N); noise of flat elements."""
     me = seat(counter)
     if me < 0:
         return
@@ -59,7 +59,7 @@ def round_rows(counter, x, beside, shift, inv, code, lowest, highest, key, step,
         stop = min(D, start + CHUNK)
         round_beside(x[n, start:stop], n * D + start, beside, words)
         noise = noise_of(key, step, n * D + start, stop - start, constant, words)
-        round_run(x[n, start:stop], noise, shift[n], inv[n], code[n], lowest, highest,
+        round_run(x[n, start:stop], noise, ways[0, n], ways[1, n], ways[2, n], lowest, highest,
                   out[n, start:stop])
     leave(counter)
 

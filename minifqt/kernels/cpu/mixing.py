@@ -4,7 +4,7 @@ import numpy as np
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_beside, round_run, widen
 from minifqt.kernels.cpu.noise import BLOCKS, TURN, noise_of
-from minifqt.kernels.cpu.plans import grid_row
+from minifqt.kernels.cpu.scales import grid_row
 from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.reference import UNIT
 
@@ -91,7 +91,7 @@ def reflect_and_round(counter, rows, x, beside, source, before, starts, root, ga
 
     rows    (threads, rows of the largest group, D) float32, scratch
     beside  another rounding, of x itself (codes.round_beside)
-    exponent, grids  (N,), (3, N) as in plans.grid; a row that must be rescaled gets no codes
+    exponent, grids  (N,), (3, N) as in scales.grid; a row that must be rescaled gets no codes
     """
     me = seat(counter)
     if me < 0:
