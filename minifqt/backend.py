@@ -26,7 +26,7 @@ _blas = ThreadpoolController().select(user_api="blas").lib_controllers
 _pool: ThreadPoolExecutor | None = None
 _ELEMENTS = 1 << 18                                       # in a block of elementwise work
 _LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
-_shelf: dict[int, list[np.ndarray]] = {}                  # free memory by size
+_shelf: dict[int, list["_Kept"]] = {}                  # free memory by size
 _SLAB, _slab_lock = 1 << 26, Lock()
 _slab = np.empty(0, np.uint8)                             # what is left of the last large piece
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -124,21 +124,22 @@ def empty(shape: tuple, dtype="float32", xp=np) -> Array:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < _LARGE or xp is not np:
         return xp.empty(shape, dtype)
-    return np.asarray(_Loan(size)).view(dtype).reshape(shape)
+    try:
+        memory = _shelf[size].pop()
+    except (KeyError, IndexError):
+        memory = _new_memory(size).view(_Kept)
+    return np.ndarray(shape, dtype, memory.view(_Loan))
 
 
-class _Loan:
-    """Memory that returns to the shelf when the last array that uses it is gone."""
+class _Kept(np.ndarray):
+    """Memory of the shelf: of another class than arrays, or NumPy would take it for their base."""
 
-    def __init__(self, size):
-        try:
-            self.memory = _shelf[size].pop()
-        except (KeyError, IndexError):
-            self.memory = _new_memory(size)
-        self.__array_struct__ = self.memory.__array_struct__
+
+class _Loan(np.ndarray):
+    """Base of an array and of its views: returns its memory when the last of them is gone."""
 
     def __del__(self):
-        _shelf.setdefault(len(self.memory), []).append(self.memory)
+        _shelf.setdefault(self.size, []).append(self.base)
 
 
 def _new_memory(size):

@@ -164,8 +164,7 @@ class Normalized(Lazy):
 
         rounding  as codes.round_rows takes it, of one row
         """
-        ways, *rest = rounding
-        return begin(codes.round_normalized, *self.operands(), *ways[:, 0], *rest, out)
+        return begin(codes.round_normalized, *self.operands(), *rounding, out)
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""

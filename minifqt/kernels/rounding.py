@@ -67,17 +67,16 @@ class _Waiting:
     """For x, contiguous: the rounding that waits, as it is done beside another and alone."""
 
     def __init__(self, x):
-        self.memory, self.size, self.job, self.alone = x.ctypes.data, x.size, None, None
+        self.x, self.job, self.alone = x, None, None
 
     def is_for(self, x):
-        return x.size == self.size and x.ctypes.data == self.memory
+        return x.size == self.x.size and np.may_share_memory(x, self.x)
 
     def take(self, x, rounding, out):
         """Whether this rounding of x will be done later; if so, it is remembered."""
         if self.alone or len(x) != 1 or not self.is_for(x):
             return False
-        ways, *rest = rounding
-        self.job = (*ways[:, 0], *rest, out.reshape(-1))
+        self.job = (*rounding, out.reshape(-1))
         self.alone = (x, codes.NOTHING_BESIDE, *rounding, out)
         return True
 
