@@ -46,12 +46,11 @@ class QTensor:
         if codes.dtype.char not in "Bbfd":                # uint8, int8, float32, float64
             raise ValueError(f"{name}: codes are {codes.dtype}; "
                              "expected uint8, int8, float32 or float64.")
-        for field, shape in (("scale", scale.shape), ("zero", zero.shape)):
-            if not _fit(shape, codes.shape):
-                raise ValueError(f"{name}: {field} has shape {shape}; codes of shape "
-                                 f"{codes.shape} need as many axes, each of size 1 or the "
-                                 "full size.")
-        vars(self).update(codes=codes, scale=scale, zero=zero, mix=mix, name=name)   # once, frozen
+        misfit = _misfit(codes.shape, scale.shape, zero.shape)
+        if misfit:
+            raise ValueError(f"{name}: {misfit}; codes of shape {codes.shape} need as many axes, "
+                             "each of size 1 or the full size.")
+        vars(self).update(codes=codes, scale=scale, zero=zero, mix=mix, name=name)   # then frozen
 
     @property
     def shape(self) -> tuple:
@@ -79,10 +78,13 @@ class QTensor:
         return QTensor(self.codes.T, self.scale.T, self.zero.T, self.mix, self.name)
 
 
-@lru_cache
-def _fit(shape, full):
-    return len(shape) == len(full) and all(
-        size in (1, most) for size, most in zip(shape, full, strict=True))
+@lru_cache                                                # a step has few shapes, and many tensors
+def _misfit(full, scale, zero):
+    for field, shape in (("scale", scale), ("zero", zero)):
+        if len(shape) != len(full) or any(
+                size not in (1, most) for size, most in zip(shape, full, strict=True)):
+            return f"{field} has shape {shape}"
+    return None
 
 
 _ADVICE = {

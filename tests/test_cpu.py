@@ -388,7 +388,7 @@ def test_compiled_grids_are_those_of_numpy_and_leave_rows_to_be_rescaled(bins, s
             set_instructions(name)
             with np.errstate(over="ignore", invalid="ignore"):
                 g = affine.grid(low, low, high, bins, e)
-            grids.append([g.rows, *g.ranges, *g.ways, g.scale, g.zero])
+            grids.append([g.rows, *g.ranges, *g.maps, g.scale, g.zero])
         assert_same_bits(*grids)
         if alone:
             assert_same_bits(found, grids[1][1:])

@@ -135,25 +135,25 @@ def joined(parts: Array) -> tuple[Array, Array | bool]:
     return parts, xp.isfinite(parts).all()
 
 
-def round_rows(x: Array, ways: Array, stream: Stream, shape: tuple, limits: tuple,
+def round_rows(x: Array, maps: Array, stream: Stream, shape: tuple, limits: tuple,
                dtype=np.uint8) -> Array:
     """reference.anchored_codes as dtype (shape), with the stream's noise for it.
 
     x       (N, D) with as many elements, or what is not formed
-    ways    shift, inv and code, (N, 1) each; code in fixed point
+    maps    shift, inv and code, (N, 1) each: (x − shift) · inv + code is fixed point
     limits  lowest and highest code. With code 0 and limits 0, bins it is reference.round_codes:
             limiting before the noise or the sum behind it gives one code
     """
     if array_module(x) is not np:
-        h, (shift, inv, code) = stream.bits(shape, array_module(x)).reshape(x.shape), ways
+        h, (shift, inv, code) = stream.bits(shape, array_module(x)).reshape(x.shape), maps
         fixed = reference.anchored_fixed(x, shift, inv, code / UNIT, *limits)
         return reference.anchored_codes(fixed, h).astype(dtype).reshape(shape)
     source, direct = stream.source(), suits(x)
-    ways, limits = np.asarray(ways, np.float32).reshape(3, -1), _in_fixed_point(limits)
+    maps, limits = np.asarray(maps, np.float32).reshape(3, -1), _in_fixed_point(limits)
     if not source or not (direct or hasattr(x, "rounded")):
         h = stream.bits(shape).reshape(x.shape)
-        return _blockwise(np.asarray(x), h, *ways, *limits, dtype).reshape(shape)
-    found, rounding = empty(shape, np.uint8), (ways, *limits, *source)
+        return _blockwise(np.asarray(x), h, *maps, *limits, dtype).reshape(shape)
+    found, rounding = empty(shape, np.uint8), (maps, *limits, *source)
     out = found.reshape(len(x), -1)
     if not direct:                                        # not formed: it knows how
         end = x.rounded(rounding, out)

@@ -9,15 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minifqt.backend import elementwise, empty
+from minifqt.backend import array_module, elementwise, empty
 from minifqt.kernels.cpu import choice
 
 if choice.numba is not None:
     from minifqt.kernels.cpu import norms
     from minifqt.kernels.cpu.team import share
-
-
-FLOAT32 = np.dtype("float32")
 
 
 class Summary(NamedTuple):
@@ -57,7 +54,7 @@ class Seen(np.ndarray):
 class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
     """Looks like a float32 array of this shape, and is computed (`form`) when somebody reads it."""
 
-    dtype = FLOAT32
+    dtype = np.dtype("float32")
 
     def __init__(self, shape):
         self.shape, self.ndim, self.size = shape, len(shape), math.prod(shape)
@@ -111,8 +108,8 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
 
 def suits(x) -> bool:
     """Whether the compiled passes take it: images of float32 on a CPU, numba there and wanted."""
-    return (isinstance(x, np.ndarray) and x.dtype == FLOAT32 and x.ndim in (2, 4) and x.size > 0
-            and choice.instructions() != "numpy")
+    return (isinstance(x, np.ndarray) and array_module(x) is np and x.dtype == np.float32
+            and x.ndim in (2, 4) and x.size > 0 and choice.instructions() != "numpy")
 
 
 def images(x: np.ndarray) -> np.ndarray:

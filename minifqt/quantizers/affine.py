@@ -67,24 +67,24 @@ class Grid:
 
     rows: Array                                           # (N, D)
     ranges: Array                                         # (2, N, 1) lowest and highest
-    ways: Array                                           # low, inv, 0, (N, 1) each
+    maps: Array                                           # low, inv and 0, (N, 1) each
     scale: Array                                          # (N, 1)
     zero: Array                                           # (N, 1)
 
     def codes(self, stream: Stream, shape: tuple, bins: int) -> Array:
         """uint8 of this shape, which has as many elements, with the stream's noise for it."""
-        return rounding.round_rows(self.rows, self.ways, stream, shape, (0, bins))
+        return rounding.round_rows(self.rows, self.maps, stream, shape, (0, bins))
 
     def variance(self, bins: int) -> Array:
         """scale² · p(1 − p), p the higher code's probability: exact for 16-bit noise.  float64."""
-        low, inv, _ = self.ways
+        low, inv, _ = self.maps
         fixed = reference.fixed_point(self.rows, low, inv)
         p = (array_module(fixed).minimum(fixed, UNIT * bins) & (UNIT - 1)) / UNIT   # (N, D)
         return self.scale.astype("float64") ** 2 * p * (1 - p)
 
     def bound(self) -> Array:
         """The largest variance of rows with these ranges: scale² / 4, 0 in constant rows."""
-        largest = self.scale.astype("float64") ** 2 / 4 * (self.ways[1] > 0)
+        largest = self.scale.astype("float64") ** 2 / 4 * (self.maps[1] > 0)
         return array_module(largest).broadcast_to(largest, self.rows.shape)
 
 
