@@ -14,11 +14,11 @@ if choice.numba is not None:
     from numba import njit
 
     from minifqt.kernels.cpu import noise, team
-    from minifqt.kernels.cpu.choice import ISAS, ROWS, WORD
-    from minifqt.kernels.cpu.team import leave, seat, take
-    from minifqt.kernels.cpu.tiles import tile
+    from minifqt.kernels.cpu.board import leave, seat, take
+    from minifqt.kernels.cpu.choice import ISAS, WORD
+    from minifqt.kernels.cpu.tiles import lanes_of, tile
 
-    # No cache on disk: numba would not notice that team.py or tiles.py has changed.
+    # No cache on disk: numba would not notice that board.py or tiles.py has changed.
     compiled = njit(nogil=True, error_model="numpy")
 else:
     def compiled(function):
@@ -42,12 +42,11 @@ def measure(flags):
     found = {"products": {}, "memory": []}
     for name in choice.supported()[:-1]:
         isa = ISAS[name]
-        a = np.ones((T, len(ROWS), WORDS, isa.group), isa.dtype)
+        a = np.ones((T, len(isa.tile[0]), WORDS, isa.group), isa.dtype)
         b = np.ones((T, WORDS, isa.lanes, isa.group), isa.dtype)
-        out = np.empty((T, len(ROWS), isa.lanes), np.int32)
+        out = np.empty((T, len(isa.tile[0]), isa.lanes), np.int32)
         done = tasks * TURNS * WORDS * isa.group * out[0].size
-        found["products"][name] = rate(done, times, multiply, tasks, ROWS, (0,) * isa.lanes, a, b,
-                                       out)
+        found["products"][name] = rate(done, times, multiply, tasks, *isa.tile, a, b, out)
     found["floats"] = float_rate(flags.side, T, times)
     for size in flags.sizes:
         x, y = np.ones(size // 8, np.int64), np.ones(size // 16, np.int64)
@@ -106,16 +105,16 @@ def float_rate(side, threads, times):
 
 
 @compiled
-def multiply(counter, tasks, rows, lanes, a, b, out):
+def multiply(counter, tasks, rows, vectors, a, b, out):
     """The tile of sums.py, TURNS times over a thread's a (rows, WORDS) and b (WORDS, lanes)."""
     me = seat(counter)
     if me < 0:
         return
     left, right, sums = a[me].ctypes.data, b[me].ctypes.data, out[me].ctypes.data
     while take(counter) < tasks:
-        tile(rows, lanes, b, left, WORDS * WORD, right, sums, len(lanes),
-             ((TURNS, 0, 0), (1, 0, 0), (WORDS, WORD, len(lanes) * WORD)), ())
-    leave(counter)
+        tile(rows, vectors, b, left, WORDS * WORD, right, sums, lanes_of(vectors),
+             ((TURNS, 0, 0), (1, 0, 0), (WORDS, WORD, lanes_of(vectors) * WORD)), ())
+    leave(counter, me)
 
 
 @compiled
@@ -133,7 +132,7 @@ def read_parts(counter, x, rounds, sums):
         for i in range(len(part)):
             total += part[i]
     sums[me] = total
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -151,7 +150,7 @@ def copy_parts(counter, x, y, rounds):
         source, target = x[start:start + PART], y[start:start + PART]
         for i in range(len(source)):
             target[i] = source[i] + 1
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -165,7 +164,7 @@ def draw(counter, tasks, key, words):
         if task >= tasks:
             break
         noise.philox_blocks(key, 0, task * noise.BLOCKS, noise.BLOCKS, words[me])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -180,4 +179,4 @@ def scale(counter, tasks, turns, x, y):
             factor = 1.0 + turn
             for i in range(len(source)):
                 target[i] = source[i] * factor
-    leave(counter)
+    leave(counter, me)

@@ -27,14 +27,14 @@ class Work(NamedTuple):
 def correlation(v):
     """Either correlation; of codes, scaling is a passage through float64 of each number of y."""
     N, P, Q, K = v.y.shape
-    (H, W, C), (R, S) = v.a.shape[1:], v.taps
+    (H, W, C), (R, S) = v.a.shape[1:], v.w.shape[1:3]
     met = (meetings(P, R, v.offset[0], H, v.spread, v.stride)
            * meetings(Q, S, v.offset[1], W, v.spread, v.stride))
     shape = f"{dims(v.a)} → {P}·{Q}·{K}, {R}×{S}"
     shape += f", stride {v.stride}" if v.stride > 1 else ""
     shape += f", spread {v.spread}" if v.spread > 1 else ""
-    work = Work(shape, 0, v.a.nbytes + v.b.nbytes, v.y.nbytes)
-    return (work._replace(floats=N * met * C * K) if v.b.dtype == np.float32 else
+    work = Work(shape, 0, v.a.nbytes + v.w.nbytes, v.y.nbytes)
+    return (work._replace(floats=N * met * C * K) if v.w.dtype == np.float32 else
             work._replace(products=N * met * C * K, doubles=v.y.size))
 
 
@@ -79,8 +79,8 @@ def wgrad_parts(v):
 
 
 def gemm_rows(v):
-    """Of packed operands, whole tiles: padding counts too, for the arguments do not tell."""
-    return Work(f"{dims(v.a)} by {dims(v.b)}", v.a.size * v.out.shape[1], v.a.nbytes + v.b.nbytes,
+    """Of whole tiles: padding counts too."""
+    return Work(f"{dims(v.a)} by {dims(v.w)}", v.a.size * v.out.shape[1], v.a.nbytes + v.w.nbytes,
                 v.out.nbytes)
 
 

@@ -15,6 +15,14 @@ def set_instructions():
 
 
 @pytest.fixture
+def set_threads():
+    """backend.set_threads, undone behind the test."""
+    before = backend.threads()
+    yield backend.set_threads
+    backend.set_threads(before)
+
+
+@pytest.fixture
 def on_threads():
     """on_threads(function) is [function() on 1, 2 and 4 threads]."""
     before = backend.threads()

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from minifqt.quantizers import affine
 from minifqt.rng import Stream, nearest
 
 pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
-from minifqt.kernels.cpu import choice, plans, products, scales  # noqa: E402 - numba is there
+from minifqt.kernels.cpu import choice, packing, plans, products, scales  # noqa: E402 - numba is there
 
 SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
 BITS = range(2, 9)
@@ -64,6 +65,20 @@ def test_compiled_products_equal_the_reference_for_each_shape_and_kind_of_codes(
                                           extreme=extreme, **options)
                            for module in (products, reference)))
     assert not sent_to_blas
+
+
+@pytest.mark.parametrize("name", choice.supported()[:-1])
+@pytest.mark.parametrize("many", [True, False])
+def test_tiles_for_many_registers_and_for_few(many, name, set_instructions, monkeypatch):
+    """AVX-512 has 32 vector registers, AVX2 alone 16: rows of two vectors are 8, or 4."""
+    set_instructions(name)
+    monkeypatch.setitem(choice._features, "avx512vl", many)
+    rows, vectors = choice.isa().tile
+    assert len(vectors) * len(vectors[0]) == 16
+    assert len(rows) == (4 if len(vectors) == 2 and not many else 8)
+    for seed in range(8):
+        assert_same_bits(four_products(np.random.default_rng(seed), products, weights),
+                         four_products(np.random.default_rng(seed), reference, weights))
 
 
 @pytest.mark.parametrize("strip", [1, 100, 700])
@@ -199,14 +214,6 @@ def test_two_python_threads_may_multiply_at_once():
 # ---- weight gradients under way ------------------------------------------------------------------
 
 
-@pytest.fixture
-def set_threads():
-    """backend.set_threads, undone behind the test."""
-    before = backend.threads()
-    yield backend.set_threads
-    backend.set_threads(before)
-
-
 def gradient_operands(rng, real):
     """g, x and how wgrad is called with them."""
     x, w, y, stride, padding = SIZES[str(rng.choice(list(SIZES)))]
@@ -254,22 +261,6 @@ def test_a_weight_gradient_that_nobody_reads_lets_all_go(threads, real, set_thre
     assert alive() is None
     started = set(threading.enumerate()) - members
     assert len(started) < threads
-
-
-def test_threads_of_the_team_are_started_once(set_threads):
-    x, y = np.random.default_rng(0).standard_normal((2, 9, 2, 2, 16), dtype="float32")
-
-    def team():
-        return sorted(id(t) for t in threading.enumerate() if t.name == "minifqt.team")
-
-    set_threads(4)
-    seen.add(x, y)
-    before = team()
-    for count in (1, 4, 2, 3, 4):
-        set_threads(count)
-        assert (np.asarray(seen.add(x, y)) == x + y).all()
-    assert team() == before
-    assert len(before) >= 3
 
 
 # ---- noise and rounding --------------------------------------------------------------------------
@@ -447,10 +438,11 @@ def test_compiled_ranges_of_parts_are_joined_as_by_numpy(bad, both_ways):
 
 @pytest.mark.parametrize("shape", [(5, 3, 3, 8), (16, 1, 1, 3), (7, 5, 3, 5)])
 def test_codes_that_are_absent_are_packed_as_zeros(shape, instructions, monkeypatch):
-    monkeypatch.setattr(products, "empty", lambda shape, dtype: np.full(shape, 7, dtype))
-    w = np.ones(shape, np.int8)
-    for one in (w, w[:, ::-1, ::-1].swapaxes(0, 3)):      # as fprop packs them, as dgrad does
-        packed = products.pack(one, choice.ISAS[instructions])
+    dirty = SimpleNamespace(empty=lambda shape, dtype: np.full(shape, 7, dtype))
+    monkeypatch.setattr(packing, "np", dirty)
+    w, isa = np.ones(shape, np.int8), choice.ISAS[instructions]
+    for by_dgrad in (False, True):
+        packed = packing.packed.py_func(w, by_dgrad, 1, np.empty(0, isa.dtype), isa.tile[1])
         assert set(packed.flat) <= {0, 1}
         assert packed.sum() == w.size
 

@@ -104,7 +104,7 @@ def test_neither_threads_nor_instructions_change_a_bit_of_a_float_product(
 def test_sixteen_lanes_where_the_cpu_has_them_and_its_own_instructions_are_used(
         set_instructions, monkeypatch):
     for wide, lanes in ((False, 8), (True, 16)):
-        monkeypatch.setattr(choice, "_wide", wide)
+        monkeypatch.setitem(choice._features, "avx512f", wide)
         set_instructions("auto")
         assert choice.floats().lanes == lanes
     for name in choice.supported()[1:-1]:

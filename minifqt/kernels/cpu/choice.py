@@ -26,16 +26,28 @@ except ImportError as error:
     numba, _missing = None, str(error)
 
 WORD = 4                                                  # bytes of contraction in one broadcast
-ROWS = (0,) * 8                                           # of a tile: as many sums in registers
 
 
 class Isa(NamedTuple):
-    """An instruction set: int32 sums in a vector, how codes are stored, features (LLVM's names)."""
+    """An instruction set: sums in a vector, how codes are stored, features (LLVM's names)."""
 
     name: str
-    lanes: int
+    width: int                                            # int32 or float32 sums in a vector
+    vectors: int                                          # side by side, of a row of a tile
     dtype: type                                           # of packed codes: int8, or int16
     features: tuple[tuple[str, ...], ...]                 # all of one of these
+
+    @property
+    def lanes(self) -> int:
+        """Sums in a row of a tile."""
+        return self.width * self.vectors
+
+    @property
+    def tile(self) -> tuple[tuple, tuple]:
+        """A tile's shape as tiles.tile takes it: rows, and vectors of a row. All its sums, and what
+        is multiplied, stay in registers: 32 with AVX-512, else 16."""
+        rows = 8 if _features.get("avx512vl") or self.vectors == 1 else 4
+        return (0,) * rows, ((0,) * self.width,) * self.vectors
 
     @property
     def group(self) -> int:
@@ -44,16 +56,15 @@ class Isa(NamedTuple):
 
 
 ISAS = {isa.name: isa for isa in (
-    Isa("vnni512", 16, np.int8, (("avx512vnni", "avx512bw"),)),
-    Isa("vnni256", 8, np.int8, (("avxvnni",), ("avx512vnni", "avx512vl"))),
-    Isa("avx2", 8, np.int16, (("avx2",),)))}
+    Isa("vnni512", 16, 1, np.int8, (("avx512vnni", "avx512bw"),)),
+    Isa("vnni256", 8, 2, np.int8, (("avxvnni",), ("avx512vnni", "avx512vl"))),
+    Isa("avx2", 8, 2, np.int16, (("avx2",),)))}
 
 
 def supported() -> list[str]:
     """Names of what this CPU has, the fastest first; "numpy", the last, is always there."""
-    features = dict(llvmlite.binding.get_host_cpu_features()) if numba else {}
     names = [isa.name for isa in ISAS.values()
-             if any(all(features.get(f) for f in some) for some in isa.features)]
+             if any(all(_features.get(f) for f in some) for some in isa.features)]
     return [*names, "numpy"]
 
 
@@ -86,7 +97,8 @@ def floats() -> Isa:
 
     Narrower integer instructions than the CPU's own stand for an older CPU: 8.
     """
-    return Isa("fma", 16 if _wide and _chosen == _fastest else 8, np.float32, ())
+    wide = _features.get("avx512f") and _chosen == _fastest
+    return Isa("fma", 16 if wide else 8, 1, np.float32, ())
 
 
 def describe() -> str:
@@ -131,5 +143,5 @@ def source_stamp(module: str) -> str:
     return sha256(b"".join(parts)).hexdigest()
 
 
+_features = dict(llvmlite.binding.get_host_cpu_features()) if numba else {}
 _chosen = _fastest = supported()[0]
-_wide = numba is not None and llvmlite.binding.get_host_cpu_features().get("avx512f", False)

@@ -5,9 +5,9 @@ with the noise of noise.py: the codes are the same bits. Next: norms.py.
 """
 import numpy as np
 
+from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.noise import BLOCKS, CHUNK, noise_of
-from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
 
 NOTHING_BESIDE = (np.zeros((3, 1), np.float32), *np.zeros(2, np.float32),
@@ -62,7 +62,7 @@ def round_rows(counter, x, beside, maps, lowest, highest, key, step, constant, o
         noise = noise_of(key, step, n * D + start, stop - start, constant, words)
         round_run(x[n, start:stop], noise, maps[0, n], maps[1, n], maps[2, n], lowest, highest,
                   out[n, start:stop])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -84,7 +84,7 @@ def round_normalized(counter, x, norm, floor, maps, lowest, highest, key, step, 
             noise = noise_of(key, step, n * D + start, stop - start, constant, words)
             round_run(y[:stop - start], noise, maps[0, 0], maps[1, 0], maps[2, 0], lowest, highest,
                       out[n, start:stop])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -130,7 +130,7 @@ def row_ranges(counter, x, low, high):
         n, part = task // parts, task % parts
         start = min(part * D // parts, D - 1)
         low[n, part], high[n, part] = row_range(x[n, start:max(start + 1, (part + 1) * D // parts)])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled

@@ -8,10 +8,11 @@ import numpy as np
 
 from minifqt.backend import empty, threads
 from minifqt.kernels.cpu import choice
-from minifqt.kernels.cpu.choice import ROWS, WORD, compiled
+from minifqt.kernels.cpu.board import leave, seat, take
+from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.sums import place
-from minifqt.kernels.cpu.team import begin, leave, seat, share, take
-from minifqt.kernels.cpu.tiles import tile
+from minifqt.kernels.cpu.team import begin, share
+from minifqt.kernels.cpu.tiles import lanes_of, tile
 
 PARTS, PART = 16, 1 << 24                                 # partial sums, and numbers in all of them
 CACHE = 1 << 17                                           # bytes of pixels, read once a tap
@@ -23,15 +24,16 @@ def begin_wgrad(g, x, kernel, stride, padding):
 
     Begun by the other threads while this one goes on; call what it returns.
     """
-    lanes, (N, P, Q, K), C, (R, S) = choice.floats().lanes, g.shape, x.shape[3], kernel
-    padded, words = -(-K // lanes) * lanes, -(-S * C // len(ROWS)) * len(ROWS)
+    isa, (N, P, Q, K), C, (R, S) = choice.floats(), g.shape, x.shape[3], kernel
+    lanes, rows = isa.lanes, len(isa.tile[0])
+    padded, words = -(-K // lanes) * lanes, -(-S * C // rows) * rows
     count = max(1, min(N, PARTS, PART // (R * words * padded)))
     strip = max(1, min(P, CACHE // (4 * Q * (padded + stride * stride * C))))
     tall, wide = (strip - 1) * stride + R, (Q - 1) * stride + S
     canvases = empty((threads(), tall * wide * C + words), "uint32")          # read to its end
     parts = empty((count, R, words, padded))
-    end = begin(wgrad_parts, canvases, empty((threads(), strip, Q, padded), "uint32"), ROWS,
-                (0,) * lanes, g, x, wide, (padding, padding), stride, kernel, parts)
+    end = begin(wgrad_parts, canvases, empty((threads(), strip, Q, padded), "uint32"),
+                *isa.tile, g, x, wide, (padding, padding), stride, kernel, parts)
 
     def sum_of_parts():
         end()
@@ -43,7 +45,7 @@ def begin_wgrad(g, x, kernel, stride, padding):
 
 
 @compiled
-def wgrad_parts(counter, canvases, places, rows, lanes, g, x, wide, offset, stride, taps, parts):
+def wgrad_parts(counter, canvases, places, rows, vectors, g, x, wide, offset, stride, taps, parts):
     """parts[i] (R, words, K') = Σ g·x over the i-th share of the images, in float32.
 
     g (N, P, Q, K), x (N, H, W, C)  uint32 bits;  words  S · C numbers of a filter row, or more
@@ -73,10 +75,10 @@ def wgrad_parts(counter, canvases, places, rows, lanes, g, x, wide, offset, stri
                 for r in range(R):
                     for word in range(0, words, len(rows)):
                         a = image.ctypes.data + r * line + word * WORD
-                        for k in range(0, padded, len(lanes)):
-                            tile(rows, lanes, parts, a, WORD, spots.ctypes.data + k * WORD,
+                        for k in range(0, padded, lanes_of(vectors)):
+                            tile(rows, vectors, parts, a, WORD, spots.ctypes.data + k * WORD,
                                  sums[r, word, k:].ctypes.data, padded, loops, (0,))
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -99,7 +101,7 @@ def add_parts(counter, parts, total):
                 exact[k] += part[k]
         for k in range(K):
             total[r, word, k] = exact[k]
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -115,4 +117,4 @@ def dequantize(counter, codes, zero, scale, out):
         source, target = codes[start:start + BLOCK], out[start:start + BLOCK]
         for i in range(len(source)):
             target[i] = (source[i] - zero) * scale
-    leave(counter)
+    leave(counter, me)

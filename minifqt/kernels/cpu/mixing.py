@@ -1,11 +1,11 @@
 """The row transform of BHQ, compiled: reflections of groups of rows by group sums, in cache."""
 import numpy as np
 
+from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_beside, round_run, widen
 from minifqt.kernels.cpu.noise import BLOCKS, TURN, noise_of
 from minifqt.kernels.cpu.scales import grid_row
-from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.reference import UNIT
 
 CHUNK = 16 * 2 * TURN                                     # columns of a group at a time, in cache
@@ -81,7 +81,7 @@ def reflect(counter, x, source, before, starts, root, gain, v, target, after, pa
         for j in range(first, last):
             r = target[j]
             ranges[0, r, part], ranges[1, r, part] = range_of(low[j], high[j])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -125,4 +125,4 @@ def reflect_and_round(counter, rows, x, beside, source, before, starts, root, ga
                 noise = noise_of(key, step, j * D + left, right - left, constant, words)
                 round_run(rows[me, j - first, left:right], noise, least, inv, nothing, nothing, top,
                           codes[j, left:right])
-    leave(counter)
+    leave(counter, me)

@@ -8,10 +8,10 @@ from functools import partial
 
 import numpy as np
 
+from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import normalize_run, row_range
 from minifqt.kernels.cpu.noise import TURN
-from minifqt.kernels.cpu.team import leave, seat, take
 from minifqt.kernels.cpu.tiles import square_and
 
 RUN = 16 * TURN                                           # numbers of a run of vectors: 2 kB each
@@ -93,7 +93,7 @@ def summarize(counter, x, C, sums, ranges):
         s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
         summarize_run(x[n], run, s1, s2, low, high)
         fold(s1, s2, low, high, C, n, sums, ranges)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -118,7 +118,7 @@ def add(counter, a, b, C, out, sums, ranges):
                 total[i] = left[i] + right[i]
             summarize_run(total, run, s1, s2, low, high)
         fold(s1, s2, low, high, C, n, sums, ranges)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -135,7 +135,7 @@ def normalize(counter, x, norm, floor, out):
         for start in range(0, D, norm.shape[1]):
             stop = min(D, start + norm.shape[1])
             normalize_run(x[n, start:stop], norm, floor, out[n, start:stop])
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -187,7 +187,7 @@ def gradient_sums(counter, dy, x, norm, floor, C, sums):
         s1[:], s2[:] = 0, 0
         gradient_sums_rows(dy[n], x[n], norm, floor, run, s1, s2)
         fold(s1, s2, unused, unused, C, n, sums, nothing)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
@@ -226,4 +226,4 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
             least, most = row_range(out)
             low, high, wrong = min(low, least), max(high, most), wrong + (least - least)
         ranges[0, n, 0], ranges[1, n, 0] = low + wrong, high + wrong          # 0, or NaN
-    leave(counter)
+    leave(counter, me)

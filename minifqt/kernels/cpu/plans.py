@@ -74,66 +74,6 @@ def scales_of(low, high, order, count, thirds, exponent, root, gain, scales, und
 
 
 @compiled
-def pack(w, turned, down, right, out):
-    """w (K, R, S, C) → (blocks of K, R, words of a filter row, lanes, group), absent codes 0.
-
-    turned  w lies as (C, R, S, K), its taps from last to first
-    down, right  (R,), (S,) order of the packed taps
-    """
-    (K, R, S, C), (_, _, words, lanes, group) = w.shape, out.shape
-    if turned:
-        K, C = C, K
-    if K % lanes or C % group:
-        out[:] = 0
-    for first in range(0, K, lanes):
-        width = min(lanes, K - first)
-        for r in range(R):
-            for s in range(S):
-                y, x = down[r], right[s]
-                tap = (w[:, R - 1 - y, S - 1 - x, first:first + width].T if turned else
-                       w[first:first + width, y, x])
-                place = out[first // lanes, r, s * (words // S):]
-                for i in range(group):                    # short strides innermost
-                    for word in range((C - i + group - 1) // group):
-                        for lane in range(width):
-                            place[word, lane, i] = tap[lane, word * group + i]
-
-
-@compiled
-def sums_of_present_taps(w, turned, size, offset, spread, stride, out):
-    """out (P, Q, K) = Σ of the taps of w (K, R, S, C) that meet a pixel, offset + spread · p.
-
-    turned  as in pack;  size  of the image whose pixels they are
-    """
-    (K, R, S, C), (P, Q, _) = w.shape, out.shape
-    if turned:
-        K, C = C, K
-    taps, rows = np.zeros((R, S, K)), np.empty((S, K))
-    for r in range(R):
-        for s in range(S):
-            tap = taps[r, s]
-            for c in range(C):
-                for k in range(K):
-                    tap[k] += w[c, R - 1 - r, S - 1 - s, k] if turned else w[k, r, s, c]
-    for p in range(P):
-        rows[:] = 0
-        for r in range(R):
-            at, rest = divmod(p * stride + r - offset[0], spread)
-            if rest == 0 and 0 <= at < size[0]:
-                for s in range(S):
-                    for k in range(K):
-                        rows[s, k] += taps[r, s, k]
-        for q in range(Q):
-            row = out[p, q]
-            row[:] = 0
-            for s in range(S):
-                at, rest = divmod(q * stride + s - offset[1], spread)
-                if rest == 0 and 0 <= at < size[1]:
-                    for k in range(K):
-                        row[k] += rows[s, k]
-
-
-@compiled
 def finish_wgrad(total, x1, g1, tasks, N, flip_g, flip_x, present, ends, out):
     """out (K, R, S, C) = reference.epilogue of the integer sums of those threads that had tasks.
 

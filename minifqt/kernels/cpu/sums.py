@@ -2,17 +2,18 @@
 
 No columns are formed. A task places the rows of an image that it needs on a canvas in cache, with
 zeros for absent pixels, and tiles read the taps from there: neighbouring pixels are neighbouring
-words. The unsigned operand holds images or gradients, the signed one weights;
-codes of the other kind are moved by 128 privately. float32 passes as its bits, and scales of its
-dtype make the epilogue float32. Who calls, and with what: products.py. Next: wgrad.py.
+words. The unsigned operand holds images or gradients, the signed one weights, which each thread
+packs for itself (packing.py); codes of the other kind are moved by 128 privately. float32 passes as
+its bits, and its epilogue is float32. Who calls, and with what: products.py. Next: wgrad.py.
 """
 import numpy as np
 
+from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
 from minifqt.kernels.cpu.norms import fold, gradient_sums_rows, run_of, summarize_run
-from minifqt.kernels.cpu.team import leave, seat, take
-from minifqt.kernels.cpu.tiles import fetch, tile
+from minifqt.kernels.cpu.packing import packed, prepared, rank
+from minifqt.kernels.cpu.tiles import fetch, lanes_of, tile
 
 
 @compiled
@@ -48,15 +49,26 @@ def place(canvas, a, flip, top, offset):
 def taps_at(y, offset, spread, taps):
     """Which taps meet a pixel at y, where pixels lie `spread` apart from `offset` on.
 
-    Taps are sorted by their remainders (`by_phase`): the first of y's, how many, its first pixel.
+    Taps are sorted (`rank`): the first of y's, how many, its first pixel.
     """
-    phase, least, more = (offset - y) % spread, taps // spread, taps % spread
-    return (phase * least + min(phase, more), least + (phase < more),
+    phase = (offset - y) % spread
+    return (rank(phase, spread, taps), taps // spread + (phase < taps % spread),
             (y + phase - offset) // spread + offset // spread)
 
 
 @compiled
-def correlate_row(rows, lanes, canvas, y, offset, spread, stride, b, taps, sums):
+def scratch(kinds, strip, Q, taps, spread, stride, b, M):
+    """A canvas under so many rows of pixels, (tall, wide, C'), and sums of a row, whole tiles."""
+    (R, S), (blocks, _, words, width, group) = taps, b.shape
+    count = (Q + M * spread - 1) // (M * spread) * M * spread
+    tall = ((strip - 1) * stride + R - 1) // spread + 1
+    wide = ((count - 1) * stride + S - 1) // spread + 1
+    return (np.empty((tall, wide, words * group // S), kinds[0].dtype),
+            np.empty(count * blocks * width, kinds[2].dtype))
+
+
+@compiled
+def correlate_row(rows, vectors, canvas, y, offset, spread, stride, b, taps, sums):
     """Sums of row y of the pixels under a canvas: sums (pixels · K',).
 
     b, packed: blocks of K, filter rows, words of a filter row, lanes, group; taps as in taps_at
@@ -72,49 +84,55 @@ def correlate_row(rows, lanes, canvas, y, offset, spread, stride, b, taps, sums)
         for block in range(blocks):
             weights = b.ctypes.data + (block * R + r) * line + s * line // S
             for i in range(0, len(sums) // padded // spread, M):
-                tile(rows, lanes, b, start + i * stride * pixel, stride * pixel, weights,
+                tile(rows, vectors, b, start + i * stride * pixel, stride * pixel, weights,
                      sums.ctypes.data + 4 * ((i * spread + phase) * padded + block * width),
                      spread * padded, loops, ())
 
 
 @compiled
 def scale_row(total, padded, K, zero, flip, ones, scale_a, scale_b, out):
-    """out (Q · K,) = float32((Σ − zero · Σb) · (scale_a · scale_b)); Σ of codes moved by flip."""
+    """out (Q · K,) = float32((Σ − zero · Σb) · (scale_a · scale_b)); Σ of codes moved by flip.
+
+    In the precision of `ones`, Σb;  zero, scale_a of an image, scale_b (K or 1,)
+    """
+    number = ones.dtype.type
+    zero, scale_a = number(zero), number(scale_a)
     if padded != K:                                       # close the gaps
         for q in range(len(out) // K):
             for k in range(K):
                 total[q * K + k] = total[q * padded + k]
     if zero == 0 and flip == 0 and len(scale_b) == 1:     # the usual case: after a ReLU
-        scale = scale_a * scale_b[0]
+        scale = scale_a * number(scale_b[0])
         for i in range(len(out)):
             out[i] = total[i] * scale
     elif flip == 0 and len(scale_b) == 1:                 # a gradient
-        scale = scale_a * scale_b[0]
+        scale = scale_a * number(scale_b[0])
         for i in range(len(out)):
             out[i] = (total[i] - zero * ones[i]) * scale
     else:
         for i in range(len(out)):
-            scale = scale_a * scale_b[i % len(scale_b)]
-            exact = total[i] - flip * ones[i] if len(ones) else np.float64(total[i])
+            scale = scale_a * number(scale_b[i % len(scale_b)])
+            exact = total[i] - flip * ones[i] if len(ones) else number(total[i])
             out[i] = (exact - zero * ones[i] if len(ones) else exact) * scale
 
 
 @compiled
-def correlate_images(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset, spread, taps, b,
-                     stride, strip, zero, b1, scale_a, scale_b, residual, y, sums, ranges):
-    """y (N, P, Q, K) = scaled Σ a·b (+ residual) for images a, summarized if `sums` is not empty.
+def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, turned, scale_b,
+                     offset, spread, stride, down, row_kind, right, strip, residual, y, sums,
+                     ranges):
+    """y (N, P, Q, K) = scaled Σ a·w (+ residual) for images a, summarized if `sums` is not empty.
 
-    kind, sum_kind  whose dtypes are those of a strip of codes, (tall, wide, C'), and of the sums of
-             a row, (wide · K',); sizes: these four
-    taps     (R, S) of the packed b;  strip  rows of y that share a canvas
-    zero     (N,) float64; b1 (P, Q · K) float64, Σ b over the taps that are present
-    scale_a  (N,), scale_b (K or 1,), float64; residual (N, P, Q · K) float32 or empty
+    kinds    arrays of the dtypes of a canvas, of packed weights, of sums and of their epilogue
+    zero     (N or 1,), scale_a (N or 1,), scale_b (K or 1,) float32
+    w, turned  as in `packed`;  down, right  as in `sums_of_present_taps`, row_kind (P,) of each row
+    strip    rows of y that share a canvas;  residual (N, P, Q · K) float32 or empty
     """
     me = seat(counter)
     if me < 0:
         return
-    N, P, Q, K = y.shape
-    canvas, acc = np.empty(sizes[:3], kind.dtype), np.empty(sizes[3], sum_kind.dtype)
+    (N, P, Q, K), taps = y.shape, (down.shape[1], right.shape[1])
+    b, b1 = prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right)
+    canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, len(rows))
     run, padded = run_of(K), b.shape[0] * b.shape[3]
     corner = (offset[0] // spread, offset[1] // spread)   # of the pixels, side by side
     flat_y, width = y.reshape(N, P * Q * K), Q * K
@@ -132,8 +150,9 @@ def correlate_images(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offse
                 fetch(out)
                 if residual.size:
                     fetch(residual[n, p])
-                correlate_row(rows, lanes, canvas, p - top, offset, spread, stride, b, taps, acc)
-                scale_row(acc, padded, K, zero[n], flip, b1[p], scale_a[n], scale_b, out)
+                correlate_row(rows, vectors, canvas, p - top, offset, spread, stride, b, taps, acc)
+                scale_row(acc, padded, K, zero[n % len(zero)], flip, b1[row_kind[p]],
+                          scale_a[n % len(scale_a)], scale_b, out)
                 if residual.size:
                     other = residual[n, p]
                     for i in range(len(out)):
@@ -142,13 +161,13 @@ def correlate_images(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offse
                     summarize_run(out, run, s1, s2, low, high)
         if sums.size:
             fold(s1, s2, low, high, K, n, sums, ranges)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
-def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset, spread, taps, b,
-                    stride, strip, zero, b1, scale_a, scale_b, largest, starts, root, gain, v,
-                    target, after, residual, x, norm, floor, y, sums):
+def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, turned, scale_b,
+                    offset, spread, stride, down, row_kind, right, strip, largest, starts, root,
+                    gain, v, target, after, residual, x, norm, floor, y, sums):
     """The same for rows that are mixed in groups: unmixed in cache, and gated sums of the result.
 
     largest  rows of a group, at most
@@ -159,8 +178,9 @@ def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset
     me = seat(counter)
     if me < 0:
         return
-    N, P, Q, K = y.shape
-    canvas, acc = np.empty(sizes[:3], kind.dtype), np.empty(sizes[3], sum_kind.dtype)
+    (N, P, Q, K), taps = y.shape, (down.shape[1], right.shape[1])
+    b, b1 = prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right)
+    canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, len(rows))
     mixed, run = np.empty((largest, strip * Q * K), np.float32), run_of(K)
     total = np.empty(4 * run)
     padded, corner = b.shape[0] * b.shape[3], (offset[0] // spread, offset[1] // spread)
@@ -182,8 +202,9 @@ def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset
                 fetch(x[target[j], here])
                 fetch(residual[target[j], here])
                 fetch(flat_y[target[j], here])
-                correlate_row(rows, lanes, canvas, p, offset, spread, stride, b, taps, acc)
-                scale_row(acc, padded, K, zero[j], flip, b1[top + p], scale_a[j], scale_b,
+                correlate_row(rows, vectors, canvas, p, offset, spread, stride, b, taps, acc)
+                scale_row(acc, padded, K, zero[j % len(zero)], flip, b1[row_kind[top + p]],
+                          scale_a[j % len(scale_a)], scale_b,
                           mixed[j - first, p * Q * K:(p + 1) * Q * K])
         for left in range(0, D, 4 * run):
             right = min(D, left + 4 * run)
@@ -200,23 +221,24 @@ def correlate_gated(counter, kind, sum_kind, sizes, rows, lanes, a, flip, offset
                     gradient_sums_rows(out, x[target[j], at + left:at + right], norm, floor, run,
                                        s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
-def gemm_rows(counter, rows, lanes, a, b, out):
-    """out (M, J) = a bᵀ for a (M, words of K), b in blocks of J (blocks, words, lanes).  int32."""
+def gemm_rows(counter, rows, vectors, a, w, out):
+    """out (M, J') = a wᵀ for a (M, words of K, group), w (J, 1, 1, K), J' whole vectors.  int32."""
     me = seat(counter)
     if me < 0:
         return
+    b, lanes = packed(w, False, 1, a, vectors), lanes_of(vectors)
     M, words = a.shape[:2]
     while True:
         task = take(counter)
         if task >= M // len(rows):
             break
         for block in range(b.shape[0]):
-            tile(rows, lanes, b, a.ctypes.data + task * len(rows) * words * WORD, words * WORD,
-                 b.ctypes.data + block * words * len(lanes) * WORD,
-                 out.ctypes.data + 4 * (task * len(rows) * out.shape[1] + block * len(lanes)),
-                 out.shape[1], ((1, 0, 0), (1, 0, 0), (words, WORD, len(lanes) * WORD)), ())
-    leave(counter)
+            tile(rows, vectors, b, a.ctypes.data + task * len(rows) * words * WORD, words * WORD,
+                 b.ctypes.data + block * words * lanes * WORD,
+                 out.ctypes.data + 4 * (task * len(rows) * out.shape[1] + block * lanes),
+                 out.shape[1], ((1, 0, 0), (1, 0, 0), (words, WORD, lanes * WORD)), ())
+    leave(counter, me)

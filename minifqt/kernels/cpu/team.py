@@ -1,38 +1,55 @@
-"""The threads that share a compiled kernel: woken, fed and awaited without a trip through Python.
+"""The threads that share a compiled kernel: woken and fed without a trip through Python.
 
-A kernel begins with `me = seat(counter)` and returns at once if that is negative, takes its tasks
-by `take(counter)` and ends with `leave(counter)`. The caller works too, and waits only for those
-that have taken a seat. Between kernels a thread listens for a while, awake, before it sleeps: to
-wake one costs as much as a small kernel. Next: codes.py, sums.py.
+`share` runs a kernel on this thread and posts it on the board (board.py); threads that look there
+help, and it waits for those who came. What `begin` posts is worked off while nothing shared is
+open: a thread that is at it goes to help with what is shared, and comes back. So this thread's
+Python, between kernels, costs less. Which thread does a task changes no number.
+Next: codes.py, sums.py.
 """
-from contextlib import suppress
-from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Lock, Thread
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from minifqt.backend import threads
-from minifqt.kernels.cpu.choice import compiled
+from minifqt.kernels.cpu import board
+from minifqt.kernels.cpu.board import dismiss, serve
 
-TASKS, SEATS, LEFT, BELL = range(4)                       # what a counter (4,) int64 counts
-CLOSED = 1 << 40                                          # subtracted from the seats at the end
+PLACES = 33                                               # the first is of what is shared
+GONE = 1 << 40                                            # no task has this number
+PATIENCE = 10_000                                         # turns of looking at the board: a ms
 SMALL = 1 << 16                                           # numbers, a weight's as a rule
-PATIENCE = 400_000                                        # turns of listening: some 200 µs
 
-_jobs: SimpleQueue = SimpleQueue()
+
+def _aligned(rows, size):
+    memory = np.zeros(rows * size + size, np.int64)
+    start = -(memory.ctypes.data // 8) % size
+    return memory[start:start + rows * size].reshape(rows, size)
+
+
+_posts = _aligned(PLACES, board.WORDS)
+_rooms = np.zeros((PLACES, board.ROOM), np.uint8)
+_posts[:, board.ARGUMENTS] = _rooms.ctypes.data + board.ROOM * np.arange(PLACES)
+_posts[1:, board.FRONT] = _posts.ctypes.data
+_counters, _free, _turn = list(_posts), list(range(1, PLACES)), Lock()
 _members: list[Thread] = []
-_bell = np.zeros(1, np.int64)                             # rung by who is first in a kernel
-_bell_address = _bell.ctypes.data
-_unheard = np.zeros(1, np.int64)                          # rung for nobody
-_unheard_address = _unheard.ctypes.data
+_asleep: list[Event] = []
 
 
 def share(kernel, *arguments) -> None:
     """kernel(counter, *arguments) on every thread; each takes its tasks from the counter."""
-    begin(kernel, *arguments)()
+    count = threads()
+    if count == 1 or not _turn.acquire(blocking=False):   # another thread of Python is sharing
+        return alone(kernel, *arguments)
+    counter = _counters[0]
+    try:
+        _call(count - 1)
+        counter[board.LAST], counter[board.POST] = count - 1, board.SHARED
+        kernel(counter, *arguments)
+    except BaseException:                                 # of memory, as a rule
+        dismiss(counter)
+        raise
+    finally:
+        _turn.release()
 
 
 def run_for(x: np.ndarray):
@@ -42,113 +59,63 @@ def run_for(x: np.ndarray):
 
 def alone(kernel, *arguments) -> None:
     """kernel(counter, *arguments) on this thread."""
-    counter = np.zeros(4, np.int64)
-    counter[BELL] = _unheard_address
-    kernel(counter, *arguments)
+    kernel(np.zeros(board.WORDS, np.int64), *arguments)
 
 
 def begin(kernel, *arguments):
-    """The other threads begin to share this kernel when they are free; call the result to end it.
+    """The other threads share this kernel while nothing else is shared; call the result to end it.
 
-    What is between fills their time: Python on this thread, and the ends of other kernels.
+    So what is between, Python on this thread as a rule, costs less. Let go, it is given up.
     """
-    counter, helpers = np.zeros(4, np.int64), threads() - 1
-    counter[BELL] = _bell_address
+    return Begun(kernel, arguments)
+
+
+class Begun:
+    """A kernel that others are at; it holds its arguments."""
+
+    def __init__(self, kernel, arguments):
+        self._kernel, self._arguments, self._place, count = kernel, arguments, None, threads()
+        if count > 1 and _free:
+            self._place = _free.pop()
+            counter = _counters[self._place]
+            counter[board.LAST], counter[board.POST] = count - 1, board.BEGUN
+            kernel(counter, *arguments)
+            _call(count - 1)
+
+    def __call__(self):
+        """Ends it: this thread helps."""
+        if self._place is None:
+            share(self._kernel, *self._arguments)
+        else:
+            self._kernel(_counters[self._place], *self._arguments)
+            self._leave()
+
+    def __del__(self):
+        if self._place is not None:
+            _counters[self._place][board.TAKEN] = GONE
+            self._leave()
+
+    def _leave(self):
+        dismiss(_counters[self._place])
+        _free.append(self._place)
+        self._place = None
+
+
+def _call(helpers):
+    """So many threads look at the board, or will soon."""
     while len(_members) < helpers:
-        _members.append(Thread(target=_work, name="minifqt.team", daemon=True))
+        _members.append(Thread(target=_work, args=(len(_members),), name="minifqt.team",
+                               daemon=True))
         _members[-1].start()
-    for _ in range(helpers):
-        _jobs.put((kernel, counter, arguments))
-
-    def end():
-        kernel(counter, *arguments)
-        if helpers:
-            close(counter)
-
-    return end
+    while _asleep:
+        _asleep.pop().set()
 
 
-def _work():
+def _work(me):
+    called = Event()
     while True:
-        heard = int(_bell[0])                             # before asking: a later job rings anew
-        if _jobs.empty():
-            listen(_bell, heard, PATIENCE)
-        kernel, counter, arguments = _jobs.get()
-        if counter[SEATS] >= 0:                           # else the caller is done
-            with suppress(Exception):                     # the caller meets it too
-                kernel(counter, *arguments)
-        del kernel, counter, arguments                    # arrays are not kept alive
-
-
-def _cell(context, builder, kind, array, index):
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.gep(data, [ir.Constant(ir.IntType(64), index)])
-
-
-def _add(index, count=1):
-    def codegen(context, builder, signature, arguments):
-        cell = _cell(context, builder, signature.args[0], arguments[0], index)
-        return builder.atomic_rmw("add", cell, ir.Constant(ir.IntType(64), count), "acq_rel")
-
-    return codegen
-
-
-@intrinsic
-def take(typingctx, counter):
-    """The next task, for one thread alone."""
-    return types.int64(counter), _add(TASKS)
-
-
-@intrinsic
-def seat(typingctx, counter):
-    """Which of the threads this is, for scratch of its own; negative if the work is done.
-
-    The first one rings for the others.
-    """
-    def codegen(context, builder, signature, arguments):
-        mine = _add(SEATS)(context, builder, signature, arguments)
-        cell = _cell(context, builder, signature.args[0], arguments[0], BELL)
-        bell = builder.inttoptr(builder.load(cell), ir.IntType(64).as_pointer())
-        first = builder.icmp_signed("==", mine, ir.Constant(ir.IntType(64), 0))
-        builder.atomic_rmw("add", bell, builder.zext(first, ir.IntType(64)), "acq_rel")
-        return mine
-
-    return types.int64(counter), codegen
-
-
-@intrinsic
-def leave(typingctx, counter):
-    """This thread's work is written."""
-    return types.int64(counter), _add(LEFT)
-
-
-@intrinsic
-def read(typingctx, cell):
-    """cell[0], which another thread changes."""
-    def codegen(context, builder, signature, arguments):
-        address = _cell(context, builder, signature.args[0], arguments[0], 0)
-        return builder.load_atomic(address, "acquire", 8)
-
-    return types.int64(cell), codegen
-
-
-@intrinsic
-def remove_seats(typingctx, counter):
-    """How many had a seat; from now on there is none."""
-    return types.int64(counter), _add(SEATS, -CLOSED)
-
-
-@compiled
-def close(counter):
-    """No more seats; waits until all who sat have left."""
-    seated = remove_seats(counter)
-    while read(counter[LEFT:]) < seated:
-        pass
-
-
-@compiled
-def listen(bell, heard, patience):
-    """Waits until the bell shows another number than what was heard, or patience ends."""
-    for _ in range(patience):
-        if read(bell) != heard:
-            break
+        serve(_posts, me + 1, PATIENCE)
+        _asleep.append(called)                            # who posts from now on calls
+        serve(_posts, me + 1, 1)
+        called.wait()
+        called.clear()

@@ -1,36 +1,39 @@
 """One generator of micro-kernels, and the few instructions that NumPy's language lacks.
 
-A tile multiplies `rows` broadcast words by a vector of words and keeps all sums in registers. What
-is compiled is told by types alone (a tuple of 8 numbers means 8 rows), so that numba can keep the
-machine code in its cache on disk. Next: products.py.
+A tile multiplies `rows` broadcast words by a row of vectors of words and keeps all sums in
+registers. What is compiled is told by types alone (a tuple of 8 numbers means 8 rows), so that
+numba can keep the machine code in its cache on disk. Next: products.py.
 """
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from minifqt.kernels.cpu.choice import compiled
 
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 BYTES, WORDS = ir.VectorType(ir.IntType(8), 16), ir.VectorType(I32, 16)
 
 
 @intrinsic
-def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
+def tile(typingctx, rows, vectors, like, a, a_row, b, c, ldc, loops, accumulate):
     """c[rows, lanes] (+)= Σ over three nested loops of word(a) · vector(b), int32 or float32.
 
-    rows, lanes  tuples: their lengths are the tile's shape
-    like         an array of packed codes, int8, int16 or float32: which instruction (choice.py)
-    a, b, c      addresses; a_row bytes between the rows of a; ldc sums between rows of c
-    loops        three (count, bytes a moves, bytes b moves), the outermost first
-    accumulate   a tuple, empty to start from zero
+    rows, vectors  the tile's shape (Isa.tile): so many rows, vectors of so many lanes in each
+    like           an array of packed codes, int8, int16 or float32: which instruction (choice.py)
+    a, b, c        addresses; a_row bytes between the rows of a; ldc sums between rows of c
+    loops          three (count, bytes a moves, bytes b moves), the outermost first
+    accumulate     a tuple, empty to start from zero
     """
-    M, L = rows.count, lanes.count
+    M, V, L = rows.count, vectors.count, vectors.dtype.count
     short, real = like.dtype == types.int16, like.dtype == types.float32
     element = ir.FloatType() if real else I32
     wide = ir.VectorType(element, L)
     name = (f"llvm.fma.v{L}f32" if real else "llvm.x86.avx2.pmadd.wd" if short else
             f"llvm.x86.avx512.vpdpbusd.{32 * L}")
     add = accumulate.count > 0
-    signature = types.void(rows, lanes, like, *[types.intp] * 5, loops, accumulate)
+    signature = types.void(rows, vectors, like, *[types.intp] * 5, loops, accumulate)
 
     def codegen(context, builder, signature, arguments):  # noqa: ARG001 - numba's signature
         *_, a, a_row, b, c, ldc, loops, _ = arguments
@@ -49,21 +52,24 @@ def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
             pair = builder.call(f, [builder.bitcast(v, pairs) for v in (left, right)])
             return builder.add(total, pair)
 
-        def place(m):
-            return builder.add(c, builder.mul(number(4 * m), ldc))
+        def place(m, v):
+            row = builder.add(c, builder.mul(number(4 * m), ldc))
+            return builder.add(row, number(4 * L * v))
 
-        sums = [cgutils.alloca_once(builder, wide) for _ in range(M)]         # registers
-        for m in range(M):
-            builder.store(_load(builder, place(m), wide) if add else zeros, sums[m])
+        sums = {at: cgutils.alloca_once(builder, wide) for at in np.ndindex(M, V)}   # registers
+        for at, total in sums.items():
+            builder.store(_load(builder, place(*at), wide) if add else zeros, total)
 
         def nest(level, a, b):
             if level == 3:
-                right = _load(builder, b, wide)
+                right = [_load(builder, builder.add(b, number(4 * L * v)), wide) for v in range(V)]
                 for m in range(M):
                     word = _load(builder, builder.add(a, builder.mul(a_row, number(m))), element)
                     single = builder.insert_element(undefined, word, ir.Constant(I32, 0))
                     left = builder.shuffle_vector(single, undefined, everywhere)
-                    builder.store(dot(builder.load(sums[m]), left, right), sums[m])
+                    for v in range(V):
+                        total = builder.load(sums[m, v])
+                        builder.store(dot(total, left, right[v]), sums[m, v])
                 return
             count, a_step, b_step = (
                 builder.extract_value(builder.extract_value(loops, level), i) for i in range(3))
@@ -72,11 +78,17 @@ def tile(typingctx, rows, lanes, like, a, a_row, b, c, ldc, loops, accumulate):
                      builder.add(b, builder.mul(b_step, loop.index)))
 
         nest(0, a, b)
-        for m in range(M):
-            _store(builder, builder.load(sums[m]), place(m))
+        for at, total in sums.items():
+            _store(builder, builder.load(total), place(*at))
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@compiled
+def lanes_of(vectors):
+    """Sums in a row of a tile with these vectors."""
+    return len(vectors) * len(vectors[0])
 
 
 @intrinsic

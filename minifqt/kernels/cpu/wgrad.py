@@ -5,15 +5,15 @@ g as words of a few pixels. Of floats: floats.py. Who calls, and with what: prod
 """
 import numpy as np
 
+from minifqt.kernels.cpu.board import add, leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.plans import finish_wgrad
 from minifqt.kernels.cpu.sums import place
-from minifqt.kernels.cpu.team import leave, seat, take
-from minifqt.kernels.cpu.tiles import tile, turn16, words16
+from minifqt.kernels.cpu.tiles import lanes_of, tile, turn16, words16
 
 
 @compiled
-def wgrad_images(counter, kind, rows, lanes, g, flip_g, x, flip_x, offset, stride, taps, sizes,
+def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, stride, taps, sizes,
                  total, x1, g1, done, present, ends, dw):
     """dw (K, R, S, C): Σ g·x, Σ x and Σ g over images and pixels, in parts, then their epilogue.
 
@@ -28,7 +28,7 @@ def wgrad_images(counter, kind, rows, lanes, g, flip_g, x, flip_x, offset, strid
         return
     (N, P, Q, _), (R, S), (images, strip, quads, pitch) = g.shape, taps, sizes
     (room, padded), tall, wide = total.shape[3:], (strip - 1) * stride + R, pitch * stride
-    size, group, width = kind.itemsize, WORD // kind.itemsize, len(lanes)
+    size, group, width = kind.itemsize, WORD // kind.itemsize, lanes_of(vectors)
     line, strips = pitch * size, (P + strip - 1) // strip
     tasks, mine = (N + images - 1) // images * strips, total[me].reshape(-1)
     image = np.empty((tall, wide, room), np.uint8)
@@ -73,7 +73,7 @@ def wgrad_images(counter, kind, rows, lanes, g, flip_g, x, flip_x, offset, strid
                 a = left.ctypes.data + (r * stride + s % stride) * room * line + s // stride * size
                 for k in range(0, padded, width):
                     for c in range(0, x.shape[3], len(rows)):
-                        tile(rows, lanes, left, a + c * line, line, right.ctypes.data + k * WORD,
+                        tile(rows, vectors, left, a + c * line, line, right.ctypes.data + k * WORD,
                              sums[r, s, c].ctypes.data + k * 4, padded,
                              ((count, tall * stride * room * line, strip * quads * padded * WORD),
                               (height, stride * stride * room * line, quads * padded * WORD),
@@ -82,9 +82,9 @@ def wgrad_images(counter, kind, rows, lanes, g, flip_g, x, flip_x, offset, strid
         for i in range(len(flat)):                        # int32 holds the sums of one task
             mine[i] += flat[i]
         done[1 + me] += 1
-        if take(done) == tasks - 1:                       # nobody else is at work any more
+        if add(done.ctypes.data, 0, 1) == tasks - 1:      # nobody else is at work any more
             finish_wgrad(total, x1, g1, done[1:], N, flip_g, flip_x, present, ends, dw)
-    leave(counter)
+    leave(counter, me)
 
 
 @compiled
