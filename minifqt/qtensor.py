@@ -3,6 +3,7 @@
 It has no arithmetic of its own beyond turning codes back into numbers. Next: kernels/reference.py.
 """
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,18 +42,15 @@ class QTensor:
     mix: Any = None
     name: str = "tensor"
 
-    def __post_init__(self):
-        if self.codes.dtype.char not in "Bbfd":          # uint8, int8, float32, float64
-            raise ValueError(f"{self.name}: codes are {self.codes.dtype}; "
+    def __init__(self, codes, scale, zero, mix=None, name="tensor"):
+        if codes.dtype.char not in "Bbfd":                # uint8, int8, float32, float64
+            raise ValueError(f"{name}: codes are {codes.dtype}; "
                              "expected uint8, int8, float32 or float64.")
-        for field in ("scale", "zero"):
-            shape = getattr(self, field).shape
-            fits = len(shape) == self.codes.ndim and all(
-                size in (1, full) for size, full in zip(shape, self.codes.shape, strict=True))
-            if not fits:
-                raise ValueError(f"{self.name}: {field} has shape {shape}; codes of shape "
-                                 f"{self.codes.shape} need as many axes, each of size 1 or the "
-                                 "full size.")
+        misfit = _misfit(codes.shape, scale.shape, zero.shape)
+        if misfit:
+            raise ValueError(f"{name}: {misfit}; codes of shape {codes.shape} need as many axes, "
+                             "each of size 1 or the full size.")
+        vars(self).update(codes=codes, scale=scale, zero=zero, mix=mix, name=name)   # then frozen
 
     @property
     def shape(self) -> tuple:
@@ -78,6 +76,15 @@ class QTensor:
     def transposed(self) -> "QTensor":
         """The same matrix (N, D) as (D, N)."""
         return QTensor(self.codes.T, self.scale.T, self.zero.T, self.mix, self.name)
+
+
+@lru_cache                                                # a step has few shapes, and many tensors
+def _misfit(full, scale, zero):
+    for field, shape in (("scale", scale), ("zero", zero)):
+        if len(shape) != len(full) or any(
+                size not in (1, most) for size, most in zip(shape, full, strict=True)):
+            return f"{field} has shape {shape}"
+    return None
 
 
 _ADVICE = {

@@ -11,6 +11,7 @@ from minifqt.kernels import reference, rounding
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.reflect import _COLUMNS
 from minifqt.quantizers import bhq, create
+from minifqt.quantizers.affine import range_parts
 from minifqt.quantizers.bhq import (
     BHQ,
     Householder,
@@ -605,7 +606,7 @@ def test_rows_mixed_by_numpy_know_their_ranges_and_have_the_groups_sums(
     x = rows_in_groups(N, D, groups)
     mix = householder(x)
     y = mix.apply(x)
-    (low, high), finite = rounding.joined(rounding.known_parts(y, N))
+    (low, high), finite = rounding.joined(range_parts(y, N))
     assert finite
     assert np.array_equal(low[:, 0], y.min(axis=1))
     assert np.array_equal(high[:, 0], y.max(axis=1))

@@ -17,10 +17,10 @@ from minifqt.kernels.cpu import choice
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(path.stem for path in (ROOT / "minifqt/kernels/cpu").glob("[a-z]*.py"))
-FROM_TILES = {"codes", "floats", "householder", "mixing", "norms", "packing", "plans", "products",
+FROM_TILES = {"codes", "floats", "householder", "mixing", "norms", "packing", "products", "scales",
               "sums", "tiles", "wgrad"}
 FROM_NOISE = FROM_TILES - {"packing", "tiles"} | {"noise"}
-FROM_PLANS = {"plans", "householder", "mixing", "sums", "wgrad", "floats", "products"}
+FROM_SCALES = {"scales", "householder", "mixing", "sums", "wgrad", "floats", "products"}
 
 
 @pytest.mark.parametrize("name", ["avx512", "", "AVX2"])
@@ -117,7 +117,8 @@ def stamps():
 
 @pytest.mark.parametrize(("edited", "stale"), [
     ("choice", set(KERNELS)), ("tiles", FROM_TILES), ("noise", FROM_NOISE),
-    ("wgrad", {"products", "wgrad"}), ("plans", FROM_PLANS), ("products", {"products"})])
+    ("wgrad", {"products", "wgrad"}), ("scales", FROM_SCALES),
+    ("plans", {"plans", "products", "wgrad"}), ("products", {"products"})])
 def test_an_edit_makes_stale_what_imports_the_file_and_nothing_else(edited, stale, monkeypatch):
     pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
     before, read = stamps(), Path.read_bytes
@@ -128,7 +129,7 @@ def test_an_edit_makes_stale_what_imports_the_file_and_nothing_else(edited, stal
 
 
 @pytest.mark.parametrize(("module", "name", "value", "stale"), [
-    (reference, "UNIT", 32768, FROM_PLANS),
+    (reference, "UNIT", 32768, FROM_SCALES),
     (rng, "INCREMENTS", rng.MULTIPLIERS, FROM_NOISE)])
 def test_another_number_from_elsewhere_makes_stale_what_is_compiled_with_it(
         module, name, value, stale, monkeypatch):

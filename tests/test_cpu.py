@@ -19,15 +19,15 @@ from minifqt import NonFiniteError, QTensor, Streams, backend, layers, quantizer
 from minifqt.kernels import conv, norm, pool, reference, rounding, seen
 from minifqt.qtensor import as_floats
 from minifqt.quantizers import affine
-from minifqt.rng import Stream
+from minifqt.rng import Stream, nearest
 
 pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
 from minifqt.kernels.cpu import (  # noqa: E402 - numba is there
     channels,
     choice,
     packing,
-    plans,
     products,
+    scales,
 )
 
 SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
@@ -283,7 +283,7 @@ def test_compiled_noise_is_numpys_philox_wherever_a_row_begins(shape, step):
     x = rng.uniform(0, 1, shape).astype("float32")
     low, inv = np.zeros((shape[0], 1), "float32"), np.full((shape[0], 1), 65536 * 255, "float32")
     plain = reference.round_codes(reference.fixed_point(x, low, inv), stream.bits(shape), 255)
-    assert (rounding.affine_codes(x, low, inv, stream, shape, 255) == plain).all()
+    assert (rounding.round_rows(x, (low, inv, 0 * low), stream, shape, (0, 255)) == plain).all()
 
 
 def test_a_stream_with_bits_of_its_own_is_heeded():
@@ -326,7 +326,7 @@ def test_compiled_codes_are_those_of_numpy_for_any_noise_and_width(name, data, b
 def test_compiled_ranges_are_the_minimum_and_maximum_of_each_row(shape):
     x = np.random.default_rng(0).standard_normal(shape, dtype="float32")
     for rows in (x, abs(x), -abs(x), x * np.float32(2.0**-140), x * 0, x * -0.0):
-        low, high = rounding.row_ranges(rows)
+        low, high = rounding.joined(rounding.row_parts(rows))[0]
         assert (low == rows.min(axis=1, keepdims=True)).all()
         assert (high == rows.max(axis=1, keepdims=True)).all()
 
@@ -348,7 +348,9 @@ def test_compiled_ranges_miss_nothing_that_is_not_finite(bad, shape):
 
 def test_the_largest_finite_numbers_are_finite():
     x = np.array([[np.finfo("float32").max, np.finfo("float32").min, 0]], "float32")
-    assert np.isfinite(rounding.row_ranges(x)).all()
+    ranges, finite = rounding.joined(rounding.row_parts(x))
+    assert finite
+    assert np.isfinite(ranges).all()
 
 
 def rows_of_all_sizes(rng, N=40):
@@ -374,8 +376,8 @@ def test_compiled_grids_are_those_of_numpy_and_leave_rows_to_be_rescaled(bins, s
             usual = affine.rescaled(low, low, high)[3]
             keep = (np.broadcast_to(usual, low.shape) == 0)[:, 0]
             low, high, e = low[keep], high[keep], e[keep]
-        found = np.empty((3, *low.shape), np.float32)
-        alone = plans.grid(low, high, bins, e, found)
+        found = np.empty((7, *low.shape), np.float32)
+        alone = scales.grid(np.stack([low, high]), bins, e, found)
         odd = np.any(affine.rescaled(low, low, high)[3])
         assert alone == (not odd)
         rescaled += not alone
@@ -384,28 +386,48 @@ def test_compiled_grids_are_those_of_numpy_and_leave_rows_to_be_rescaled(bins, s
             set_instructions(name)
             with np.errstate(over="ignore", invalid="ignore"):
                 g = affine.grid(low, low, high, bins, e)
-            grids.append([g.rows, g.low, g.inv, g.scale, g.zero])
+            grids.append([g.rows, *g.ranges, *g.maps, g.scale, g.zero])
         assert_same_bits(*grids)
         if alone:
-            assert_same_bits(found, grids[1][2:])
+            assert_same_bits(found, grids[1][1:])
     assert 50 < rescaled <= 100
 
 
-def test_compiled_symmetric_grids_are_those_of_numpy(both_ways):
-    rng, rescaled = np.random.default_rng(0), 0
-    for turn in range(300):
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_small_symmetric_tensors_quantized_at_once_are_those_of_numpy(bits, both_ways,
+                                                                      set_instructions):
+    rng, sym, rescaled = np.random.default_rng(0), quantizers.create("sym", bits), 0
+    for turn in range(200):
         low, high = (v[:1] for v in rows_of_all_sizes(rng))
-        low, high = (0 * low, 0 * low) if turn == 0 else (low, high)
-        found = np.empty((5, 1, 1), np.float32)
-        alone = plans.symmetric(low, high, 7, found)
-        assert alone == (not np.any(affine.rescaled(low, low, high)[3]))
-        rescaled += not alone
-        sym = quantizers.create("sym", 4)
-        fast, plain = both_ways(lambda: sym._prepared(low, low, high)[1:])  # noqa: B023 - called here
-        assert_same_bits(fast, plain)
-        if alone:
-            assert_same_bits(found, plain)
-    assert 0 < rescaled < 200
+        shape = [(3, 5), (1, 1), (40, 3, 3, 7), (5, 4100)][turn % 4]
+        x = (low + (high - low) * rng.random(shape, dtype="float32")).astype("float32")
+        x *= turn > 0
+        if turn % 3:
+            x = x.swapaxes(0, 1)                          # need not be contiguous
+        stream = (nearest(Streams(turn), "w"), Streams(turn).stream("w"))[turn % 2]
+        set_instructions("auto")
+        alone = sym._at_once(x, stream)
+        assert (alone is not None) == (not np.any(affine.rescaled(x, x.min(), x.max())[3]))
+        rescaled += alone is None
+
+        def quantized(x=x, stream=stream):
+            t, ranges = sym.with_range(x, stream)
+            return [t.codes, t.scale, t.zero, ranges]
+
+        assert_same_bits(*both_ways(quantized))
+    assert 0 < rescaled < 150
+
+
+def test_a_large_symmetric_tensor_is_quantized_by_all_threads(both_ways):
+    x = np.random.default_rng(0).standard_normal((300, 230), dtype="float32")
+    sym, stream = quantizers.create("sym", 8), Streams(0).stream("w")
+    assert sym._at_once(x, stream) is None
+
+    def quantized():
+        t, ranges = sym.with_range(x, stream)
+        return [t.codes, t.scale, t.zero, ranges]
+
+    assert_same_bits(*both_ways(quantized))
 
 
 @pytest.mark.parametrize("bad", [None, np.nan, np.inf, -np.inf])
@@ -475,14 +497,14 @@ def test_the_range_of_a_batch_norm_is_that_of_its_numbers(shape, floor):
         vectors[2, rng.random(C) < 0.2] = 0
         y = norm.Normalized(x, norm.runs(*vectors), floor=floor)
         (low, high), _ = y.summary
-        values, axes = np.asarray(y), tuple(range(1, len(shape) - 1))
-        assert_same_bits([low, high], [values.min(axis=axes), values.max(axis=axes)])
+        values = np.asarray(y).reshape(1, -1, C)
+        assert_same_bits([low, high], [values.min(axis=1), values.max(axis=1)])
         n, c = (int(rng.integers(count)) for count in (shape[0], C))
         x[n, ..., c] = np.nan if turn % 2 else x[n, ..., c]
         vectors[turn % 4, c] = vectors[turn % 4, c] if turn % 2 else np.nan
         with np.errstate(invalid="ignore"):
             ranges, _ = norm.Normalized(x, norm.runs(*vectors), floor=floor).summary
-        assert np.isnan(ranges[:, n, c]).all()            # of a number, of a weight
+        assert np.isnan(ranges[:, 0, c]).any()            # of a number, of a weight
 
 
 

@@ -697,10 +697,10 @@ def test_in_numpy_a_rectified_array_knows_its_ranges(shape, on_threads):
         assert (y == np.maximum(x, 0)).all()
         assert (above == (x > 0)).all()
         flat = np.asarray(y).reshape(len(x), -1)
-        (low, high), _ = rounding.joined(rounding.known_parts(y, len(x)))
+        (low, high), _ = rounding.joined(y.summary.ranges)
         assert (low == flat.min(axis=1, keepdims=True)).all()
         assert (high == flat.max(axis=1, keepdims=True)).all()
-        ranges, _ = rounding.joined(rounding.known_parts(y, 1))
+        ranges, _ = rounding.joined(rounding.parts_of(y, 1, flat.reshape(1, -1)))
         assert ranges.reshape(-1).tolist() == [0, x.max()]
 
 

@@ -293,17 +293,18 @@ def test_blockwise_rounding_equals_the_reference(shape, noise):
     x = rng.standard_normal(shape, dtype="float32")
     stream = Given(rng.integers(0, 65536, shape) if noise == "random" else noise)
     h = stream.bits(shape)
-    low, high = rounding.row_ranges(x)
+    low, high = rounding.joined(rounding.row_parts(x))[0]
     assert (low == x.min(axis=1, keepdims=True)).all()
     assert (high == x.max(axis=1, keepdims=True)).all()
     for bins in (3, 255):
         _, inv = reference.grid(low, high, bins)
         plain = reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
-        assert (rounding.affine_codes(x, low, inv, stream, shape, bins) == plain).all()
+        fast = rounding.round_rows(x, (low, inv, 0 * low), stream, shape, (0, bins))
+        assert (fast == plain).all()
         code = np.full_like(low, bins // 2)
         plain = reference.anchored_fixed(x, 0 * low, inv, code, 0, bins)
         plain = reference.anchored_codes(plain, h)
-        fast = rounding.anchored_codes(x, 0 * low, inv, code, stream, shape, (0, bins), "uint8")
+        fast = rounding.round_rows(x, (0 * low, inv, 65536 * code), stream, shape, (0, bins))
         assert (fast == plain).all()
 
 

@@ -719,7 +719,7 @@ def test_psq_and_ptq_are_their_reference_bit_for_bit(bits, data):
 @pytest.mark.parametrize("shape", [(1, 7), (1, 200_000), (40, 3000), (3, 70_000), (70_000, 1)])
 def test_row_ranges_are_the_minimum_and_maximum_of_each_row(shape):
     x = np.random.default_rng(0).standard_normal(shape).astype("float32")
-    low, high = rounding.row_ranges(x)
+    low, high = rounding.joined(rounding.row_parts(x))[0]
     assert np.array_equal(low, x.min(axis=1, keepdims=True))
     assert np.array_equal(high, x.max(axis=1, keepdims=True))
 
@@ -735,15 +735,15 @@ def test_blocks_of_codes_are_their_reference_bit_for_bit(shape, bits, monkeypatc
     high = 5 + rng.random((shape[0], 1)).astype("float32")
     _, inv = reference.grid(low, high, bins)
     expected = reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
-    codes = rounding.affine_codes(x, low, inv, Given(h), shape, bins)
+    codes = rounding.round_rows(x, (low, inv, 0 * low), Given(h), shape, (0, bins))
     assert codes.dtype == expected.dtype
     assert np.array_equal(codes, expected)
     x = 4 * x                                             # some beyond the range: clipped
     for limits, dtype, code in (((0, bins), "uint8", bins // 2), ((-top, top), "int8", 0)):
         anchored = np.full_like(low, code)
         fixed = reference.anchored_fixed(x, np.zeros_like(low), inv, anchored, *limits)
-        codes = rounding.anchored_codes(x, np.zeros_like(low), inv, anchored, Given(h), shape,
-                                        limits, dtype)
+        codes = rounding.round_rows(x, (0 * low, inv, 65536 * anchored), Given(h), shape, limits,
+                                    dtype)
         assert codes.dtype == dtype
         assert np.array_equal(codes, reference.anchored_codes(fixed, h))
 
@@ -761,7 +761,7 @@ def test_fixed_point_is_exact_in_float32_and_clipped_at_the_top():
         beyond += (fixed > 65536 * bins).sum()
         assert (reference.round_codes(fixed, np.uint16(65535), bins) == bins).all()
         for noise in (65535, np.full(x.shape, 65535)):    # compiled, and in blocks
-            codes = rounding.affine_codes(x, low, inv, Given(noise), x.shape, bins)
+            codes = rounding.round_rows(x, (low, inv, 0 * low), Given(noise), x.shape, (0, bins))
             assert (codes == [[0, bins]]).all()
         assert (make("psq", bits)(x, Given(65535)).codes == [[0, bins]]).all()
     assert beyond > 0                                     # rint's + 1 does occur

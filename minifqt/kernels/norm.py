@@ -11,7 +11,7 @@ from minifqt.kernels.cpu import choice
 from minifqt.kernels.seen import Lazy, Seen, Summary, blank, images, suits, summary
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import channels, codes, norms, plans
+    from minifqt.kernels.cpu import channels, codes, norms, scales
     from minifqt.kernels.cpu.team import begin, share
 
 _BLOCK = 1 << 18                                          # elements
@@ -193,9 +193,7 @@ class Normalized(Lazy):
 
         rounding  as codes.round_rows takes it, of one row
         """
-        shift, inv, code, *rest = rounding
-        return begin(codes.round_normalized, *self.operands(), shift[0], inv[0], code[0], *rest,
-                     out)
+        return begin(codes.round_normalized, *self.operands(), *rounding, out)
 
     def operands(self):
         """What the passes take: x (N, D), vectors (4, run), floor."""
@@ -203,10 +201,10 @@ class Normalized(Lazy):
 
     @property
     def summary(self) -> Summary:
-        """Its ranges, exact: rounding is monotone, so extremes of x become those of y."""
+        """Its ranges over all images, (2, 1, C), exact: rounding is monotone, extremes stay so."""
         ranges = summary(self.x).ranges
-        found = np.empty_like(ranges)
-        plans.normalized_ranges(ranges, *self.vectors, self.floor, found)
+        found = np.empty((2, 1, ranges.shape[2]), np.float32)
+        scales.normalized_ranges(ranges, self.vectors, self.floor, found)
         return Summary(found, None)
 
     def backward(self, dy) -> tuple[Lazy, np.ndarray, np.ndarray]:

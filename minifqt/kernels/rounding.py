@@ -17,7 +17,7 @@ from minifqt.kernels.seen import Seen, Summary, suits
 from minifqt.rng import Stream
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import codes, plans
+    from minifqt.kernels.cpu import codes, scales
     from minifqt.kernels.cpu.team import run_for, share
 
 _BLOCK = 1 << 18                                          # float32s of a block of rows
@@ -67,17 +67,16 @@ class _Waiting:
     """For x, contiguous: the rounding that waits, as it is done beside another and alone."""
 
     def __init__(self, x):
-        self.memory, self.size, self.job, self.alone = x.ctypes.data, x.size, None, None
+        self.x, self.job, self.alone = x, None, None
 
     def is_for(self, x):
-        return x.size == self.size and x.ctypes.data == self.memory
+        return x.size == self.x.size and np.may_share_memory(x, self.x)
 
     def take(self, x, rounding, out):
         """Whether this rounding of x will be done later; if so, it is remembered."""
         if self.alone or len(x) != 1 or not self.is_for(x):
             return False
-        shift, inv, code, *rest = rounding
-        self.job = (shift[0], inv[0], code[0], *rest, out.reshape(-1))
+        self.job = (*rounding, out.reshape(-1))
         self.alone = (x, codes.NOTHING_BESIDE, *rounding, out)
         return True
 
@@ -91,13 +90,16 @@ def rounding_of(x: np.ndarray) -> tuple:
     return job
 
 
-def known_parts(x: Array, rows: int) -> Array | None:
-    """Minima and maxima of x as so many rows, (2, rows, parts), if they were found before."""
-    if isinstance(x, Seen) and x.summary is None and x.size and not suits(x):
+def parts_of(x: Array, rows: int, matrix: Array) -> Array:
+    """Minima and maxima of parts of each row, (2, rows, parts): those that x knows, or row_parts.
+
+    matrix  (rows, D), the numbers of x
+    """
+    if isinstance(x, Seen) and x.summary is None and not suits(x):
         x.summary = Summary(row_parts(x.reshape(len(x), -1)), None)   # for all who ask
     known = getattr(x, "summary", None)
-    if known is None or rows not in (1, len(x)):
-        return None
+    if known is None or rows not in (1, known.ranges.shape[1]):
+        return row_parts(matrix)
     return known.ranges.reshape(2, rows, -1)
 
 
@@ -126,41 +128,39 @@ def joined(parts: Array) -> tuple[Array, Array | bool]:
     """
     if suits(parts[0]):
         ranges = np.empty((2, parts.shape[1], 1), np.float32)
-        return ranges, plans.joined(parts, ranges)
+        return ranges, scales.joined(parts, ranges)
     xp, (low, high) = array_module(parts), parts
     if parts.shape[2] > 1:
         parts = xp.stack([low.min(axis=1, keepdims=True), high.max(axis=1, keepdims=True)])
     return parts, xp.isfinite(parts).all()
 
 
-def row_ranges(x: Array) -> tuple[Array, Array]:
-    """Minimum and maximum of each row of x (N, D), each (N, 1); NaN where a row holds one."""
-    return tuple(joined(row_parts(x))[0])
+def round_rows(x: Array, maps: Array, stream: Stream, shape: tuple, limits: tuple,
+               dtype=np.uint8) -> Array:
+    """reference.anchored_codes as dtype (shape), with the stream's noise for it.
 
-
-def affine_codes(x: Array, low: Array, inv: Array, stream: Stream, shape: tuple,
-                 bins: int) -> Array:
-    """reference.round_codes of fixed_point with the stream's noise for `shape`.
-
-    x (N, D) with as many elements; low, inv (N, 1) → uint8 (N, D)
+    x       (N, D) with as many elements, or what is not formed
+    maps    shift, inv and code, (N, 1) each: (x − shift) · inv + code is fixed point
+    limits  lowest and highest code. With code 0 and limits 0, bins it is reference.round_codes:
+            limiting before the noise or the sum behind it gives one code
     """
     if array_module(x) is not np:
-        h = stream.bits(shape, array_module(x)).reshape(x.shape)
-        return reference.round_codes(reference.fixed_point(x, low, inv), h, bins)
-    return _codes(x, stream, shape, low, inv, np.zeros(len(low)), (0, bins), np.uint8)
-
-
-def anchored_codes(x: Array, shift: Array, inv: Array, code: Array, stream: Stream, shape: tuple,
-                   limits: tuple, dtype) -> Array:
-    """reference.anchored_codes as dtype with the stream's noise for `shape`.
-
-    x (N, D) with as many elements; shift, inv, code (N, 1); limits (lowest, highest)
-    """
-    if array_module(x) is not np:
-        h = stream.bits(shape, array_module(x)).reshape(x.shape)
-        return reference.anchored_codes(
-            reference.anchored_fixed(x, shift, inv, code, *limits), h).astype(dtype)
-    return _codes(x, stream, shape, shift, inv, UNIT * code, limits, dtype)
+        h, (shift, inv, code) = stream.bits(shape, array_module(x)).reshape(x.shape), maps
+        fixed = reference.anchored_fixed(x, shift, inv, code / UNIT, *limits)
+        return reference.anchored_codes(fixed, h).astype(dtype).reshape(shape)
+    source, direct = stream.source(), suits(x)
+    maps, limits = np.asarray(maps, np.float32).reshape(3, -1), _in_fixed_point(limits)
+    if not source or not (direct or hasattr(x, "rounded")):
+        codes_of_blocks = _blockwise(np.asarray(x), stream, shape, source, *maps, *limits, dtype)
+        return codes_of_blocks.reshape(shape)
+    found, rounding = empty(shape, np.uint8), (maps, *limits, *source)
+    out = found.reshape(len(x), -1)
+    if not direct:                                        # not formed: it knows how
+        end = x.rounded(rounding, out)
+        end() if _now.ends is None else _now.ends.append(end)
+    elif not (_now.waiting and _now.waiting.take(x, rounding, out)):
+        run_for(x)(codes.round_rows, x, rounding_of(x), *rounding, out)
+    return found.view(dtype)
 
 
 @cache
@@ -168,23 +168,8 @@ def _in_fixed_point(limits):
     return tuple(np.float32(UNIT * limit) for limit in limits)
 
 
-def _codes(x, stream, shape, shift, inv, code, limits, dtype):
-    """Both of the above: limiting fixed before the noise or the sum behind it gives one code."""
-    lowest, highest = _in_fixed_point(limits)
-    shift, inv, code = (np.asarray(v, np.float32).reshape(-1) for v in (shift, inv, code))
-    source, direct = stream.source(), suits(x)
-    if source and (direct or hasattr(x, "rounded")):      # not formed: it knows how
-        out, rounding = empty(x.shape, np.uint8), (shift, inv, code, lowest, highest, *source)
-        if direct:
-            waiting = _now.waiting
-            if not (waiting and waiting.take(x, rounding, out)):
-                run_for(x)(codes.round_rows, x, rounding_of(x), *rounding, out)
-        else:
-            end = x.rounded(rounding, out.reshape(len(x), -1))
-            end() if _now.ends is None else _now.ends.append(end)
-        return out.view(dtype)
-    x, out, D = np.asarray(x), empty(x.shape, dtype), x.shape[1]
-    anchored, signed = code.any(), lowest < 0
+def _blockwise(x, stream, shape, source, shift, inv, code, lowest, highest, dtype):
+    anchored, signed, out, D = code.any(), lowest < 0, empty(x.shape, dtype), x.shape[1]
     given = None if source else stream.bits(shape).reshape(x.shape)   # who knows in which way
 
     def noise(at):

@@ -12,7 +12,7 @@ from minifqt.kernels.seen import suits
 from minifqt.rng import Stream, Streams
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import plans
+    from minifqt.kernels.cpu import scales
 
 SMALLEST = np.float32(2.0**-149)                          # a scale below it would be 0
 _NO_EXPONENT = np.zeros((1, 1), np.int64)
@@ -34,13 +34,16 @@ def as_rows(x: Array, rows: int) -> Array:
 
 def range_parts(x: Array, rows: int) -> Array:
     """Minima and maxima of parts of each row, (2, rows, parts), found before or now."""
-    parts = rounding.known_parts(x, rows)
-    return rounding.row_parts(as_rows(x, rows)) if parts is None else parts
+    return rounding.parts_of(x, rows, as_rows(x, rows))
 
 
 def finite_ranges(x: Array, rows: int, stream: Stream | None = None) -> Array:
     """Minimum and maximum of each row, (2, rows, 1).  NonFiniteError names the stream or "x"."""
-    ranges, finite = rounding.joined(range_parts(x, rows))
+    return _joined(range_parts(x, rows), stream)
+
+
+def _joined(parts, stream):
+    ranges, finite = rounding.joined(parts)
     require_finite(finite, stream)
     return ranges
 
@@ -73,38 +76,52 @@ class Grid:
     """Rows to be rounded: (rows − low) · inv is fixed point; codes mean scale · (codes − zero)."""
 
     rows: Array                                           # (N, D)
-    low: Array                                            # (N, 1) and so the rest
-    inv: Array
-    scale: Array
-    zero: Array
+    ranges: Array                                         # (2, N, 1) lowest and highest
+    maps: Array                                           # low, inv and 0, (N, 1) each
+    scale: Array                                          # (N, 1)
+    zero: Array                                           # (N, 1)
 
     def codes(self, stream: Stream, shape: tuple, bins: int) -> Array:
         """uint8 of this shape, which has as many elements, with the stream's noise for it."""
-        return rounding.affine_codes(
-            self.rows, self.low, self.inv, stream, shape, bins).reshape(shape)
+        return rounding.round_rows(self.rows, self.maps, stream, shape, (0, bins))
 
     def variance(self, bins: int) -> Array:
         """scale² · p(1 − p), p the higher code's probability: exact for 16-bit noise.  float64."""
-        fixed = reference.fixed_point(self.rows, self.low, self.inv)
+        low, inv, _ = self.maps
+        fixed = reference.fixed_point(self.rows, low, inv)
         p = (array_module(fixed).minimum(fixed, UNIT * bins) & (UNIT - 1)) / UNIT   # (N, D)
         return self.scale.astype("float64") ** 2 * p * (1 - p)
 
     def bound(self) -> Array:
         """The largest variance of rows with these ranges: scale² / 4, 0 in constant rows."""
-        largest = self.scale.astype("float64") ** 2 / 4 * (self.inv > 0)
+        largest = self.scale.astype("float64") ** 2 / 4 * (self.maps[1] > 0)
         return array_module(largest).broadcast_to(largest, self.rows.shape)
+
+
+def fitted(x: Array, rows: int, bins: int, stream: Stream | None = None) -> Grid:
+    """x as so many rows, each in `bins` steps of its range.  NonFiniteError as in finite_ranges."""
+    matrix = as_rows(x, rows)
+    parts = rounding.parts_of(x, rows, matrix)
+    return _compiled(matrix, parts, bins) or grid(matrix, *_joined(parts, stream), bins)
 
 
 def grid(x: Array, low: Array, high: Array, bins: int, exponent: Array | int = 0) -> Grid:
     """`bins` steps from low to high in each row of x (N, D); x stands for x · 2^exponent."""
-    if suits(low):
-        found = np.empty((3, *low.shape), np.float32)
-        e = _NO_EXPONENT if isinstance(exponent, int) else exponent
-        if plans.grid(low, high, bins, e, found):
-            return Grid(x, low, *found)
-    xp = array_module(x)
+    xp, ranges = array_module(x), array_module(low).stack([low, high])
+    found = _compiled(x, ranges, bins, _NO_EXPONENT if isinstance(exponent, int) else exponent)
+    if found:
+        return found
     x, low, high, e = rescaled(x, low, high)
     scale, inv = reference.grid(low, high, bins)
     e = e + exponent
     stored = xp.maximum(xp.ldexp(scale, e), SMALLEST)
-    return Grid(x, low, inv, stored, -low / xp.ldexp(stored, -e))
+    return Grid(x, ranges, (low, inv, 0 * inv), stored, -low / xp.ldexp(stored, -e))
+
+
+def _compiled(x, parts, bins, exponent=_NO_EXPONENT):
+    """The same from the ranges of rows' parts (2, N, parts), if they suit and all are usual."""
+    if suits(parts[0]):
+        found = np.empty((7, parts.shape[1], 1), np.float32)
+        if scales.grid(parts, bins, exponent, found):
+            return Grid(x, found[:2], found[2:5], found[5], found[6])
+    return None

@@ -1,7 +1,7 @@
 """Per-sample quantizer: each sample has its own range, so one large gradient coarsens no other."""
 from minifqt.backend import Array
 from minifqt.qtensor import QTensor
-from minifqt.quantizers.affine import as_rows, finite_ranges, grid
+from minifqt.quantizers.affine import fitted
 from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
 
@@ -16,18 +16,15 @@ class PSQ(Quantizer):
     """
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
-        g = self._grid(x, stream)
+        g = fitted(x, len(x), self.bins, stream)
         codes, per_sample = g.codes(stream, x.shape, self.bins), (len(x),) + (1,) * (x.ndim - 1)
         return QTensor(codes, g.scale.reshape(per_sample), g.zero.reshape(per_sample),
                        name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale_i² · p(1 − p).  float64, shape of x."""
-        return self._grid(x).variance(self.bins).reshape(x.shape)
+        return fitted(x, len(x), self.bins).variance(self.bins).reshape(x.shape)
 
     def bound(self, x: Array) -> float:
         """D/4B² · Σ R_i².  # sync"""
-        return float(self._grid(x).bound().sum())
-
-    def _grid(self, x, stream=None):
-        return grid(as_rows(x, len(x)), *finite_ranges(x, len(x), stream), self.bins)
+        return float(fitted(x, len(x), self.bins).bound().sum())

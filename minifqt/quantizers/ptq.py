@@ -7,12 +7,13 @@ from minifqt.kernels.cpu import choice
 from minifqt.kernels.reference import UNIT
 from minifqt.kernels.seen import suits
 from minifqt.qtensor import QTensor
-from minifqt.quantizers.affine import SMALLEST, as_rows, finite_ranges, grid, rescaled
+from minifqt.quantizers.affine import SMALLEST, as_rows, finite_ranges, fitted, grid, rescaled
 from minifqt.quantizers.base import Quantizer, register
 from minifqt.rng import Stream
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import plans
+    from minifqt.kernels.cpu import scales
+    from minifqt.kernels.cpu.team import SMALL
 
 
 class PerTensor(Quantizer):
@@ -51,24 +52,27 @@ class PTQ(PerTensor):
 
     reads_normalized = True
 
+    def with_range(self, x, stream):
+        g = fitted(x, 1, self.bins, stream)
+        return self._rounded(x, g, stream), g.ranges.reshape(2)
+
     def _clipped(self, row, low, high):  # noqa: ARG002 - its codes end where the range ends
         return row
 
     def _round(self, x, row, low, high, stream):
-        g = grid(row, low, high, self.bins)
+        return self._rounded(x, grid(row, low, high, self.bins), stream)
+
+    def _rounded(self, x, g, stream):
         codes, single = g.codes(stream, x.shape, self.bins), (1,) * x.ndim
         return QTensor(codes, g.scale.reshape(single), g.zero.reshape(single), name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale² · p(1 − p).  float64, shape of x."""
-        return self._grid(x).variance(self.bins).reshape(x.shape)
+        return fitted(x, 1, self.bins).variance(self.bins).reshape(x.shape)
 
     def bound(self, x: Array) -> float:
         """N·D·R²/4B².  # sync"""
-        return float(self._grid(x).bound().sum())
-
-    def _grid(self, x):
-        return grid(as_rows(x, 1), *finite_ranges(x, 1), self.bins)
+        return float(fitted(x, 1, self.bins).bound().sum())
 
 
 class Anchored(PerTensor):
@@ -77,15 +81,14 @@ class Anchored(PerTensor):
     A subclass says where it is: `_anchor(low, high)` → shift, scale, inv, code, (1, 1) each.
     """
 
-    dtype = "uint8"
+    dtype = np.uint8
 
     def _round(self, x, row, low, high, stream):
         row, shift, inv, code, scale, zero = self._prepared(row, low, high)
-        codes = rounding.anchored_codes(row, shift, inv, code, stream, x.shape, self._limits(),
-                                        self.dtype)
+        codes = rounding.round_rows(row, (shift, inv, UNIT * code), stream, x.shape,
+                                    self._limits(), self.dtype)
         single = (1,) * x.ndim
-        return QTensor(codes.reshape(x.shape), scale.reshape(single), zero.reshape(single),
-                       name=stream.name)
+        return QTensor(codes, scale.reshape(single), zero.reshape(single), name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale² · p(1 − p), 0 for every 0.  float64, shape of x."""
@@ -135,7 +138,21 @@ class Symmetric(Anchored):
     tensor too.
     """
 
-    dtype = "int8"
+    dtype = np.int8
+
+    def with_range(self, x, stream):
+        return self._at_once(x, stream) or super().with_range(x, stream)
+
+    def _at_once(self, x, stream):
+        """The same in one compiled call, where x is small and usual, as weights are."""
+        source = stream.source()
+        if not source or not suits(x) or x.size > SMALL:
+            return None
+        codes, ends = np.empty(x.shape, np.uint8), np.empty((4,) + (1,) * x.ndim, np.float32)
+        if not scales.symmetric(np.ascontiguousarray(x).reshape(-1), self._limits()[1], *source,
+                               ends.reshape(-1), codes.reshape(-1)):
+            return None
+        return QTensor(codes.view(np.int8), ends[2], ends[3], name=stream.name), ends[:2].reshape(2)
 
     def _limits(self):
         top = 2 ** (self.bits - 1) - 1
@@ -146,10 +163,3 @@ class Symmetric(Anchored):
         largest = xp.maximum(-low, high)
         scale = xp.where(largest == 0, 1, largest / self._limits()[1])
         return xp.zeros_like(low), scale, UNIT / scale, xp.zeros_like(low)
-
-    def _prepared(self, row, low, high):
-        if suits(low):
-            found = np.empty((5, 1, 1), np.float32)
-            if plans.symmetric(low, high, self._limits()[1], found):
-                return row, *found
-        return super()._prepared(row, low, high)

@@ -2,9 +2,9 @@
 
 tiles.py generates the micro-kernels; packing.py, sums.py, wgrad.py, floats.py and products.py are
 the three products; noise.py, codes.py, norms.py and mixing.py the elementwise rest; plans.py and
-channels.py what is between kernels, householder.py BHQ's groups and scales, board.py and team.py
-the threads; choice.py says which instructions are used and why. Without numba all of it is absent,
-and NumPy does the work.
+scales.py, channels.py and householder.py what is between kernels, board.py and team.py the threads;
+choice.py says which instructions are used and why. Without numba all of it is absent, and NumPy
+does the work.
 """
 from minifqt.kernels.cpu.choice import describe, instructions, set_instructions, supported
 

@@ -10,9 +10,9 @@ from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.noise import BLOCKS, CHUNK, noise_of
 from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
 
+NOTHING_BESIDE = (np.zeros((3, 1), np.float32), *np.zeros(2, np.float32),
+                  np.frombuffer(bytes(16), np.uint64), 0, -1, np.empty(0, np.uint8))
 # The range of no number, as `widen` takes it.
-NOTHING_BESIDE = (*np.zeros(5, np.float32), np.frombuffer(bytes(16), np.uint64), 0, -1,
-                  np.empty(0, np.uint8))
 NOTHING_YET = np.int32(2**31 - 1), np.int32(-2**31)
 
 
@@ -34,17 +34,18 @@ def round_run(x, noise, shift, inv, code, lowest, highest, out):
 def round_beside(x, first, beside, words):
     """Another rounding of numbers x, elements first .. of their array, if one is asked for.
 
-    beside  shift, inv, code .. constant as round_rows takes them, but numbers; codes, flat or empty
+    beside  maps .. constant as round_rows takes them, of one row; codes, flat or empty
     """
-    shift, inv, code, lowest, highest, key, step, constant, out = beside
+    maps, lowest, highest, key, step, constant, out = beside
     if out.size:
         noise = noise_of(key, step, first, len(x), constant, words)
-        round_run(x, noise, shift, inv, code, lowest, highest, out[first:first + len(x)])
+        round_run(x, noise, maps[0, 0], maps[1, 0], maps[2, 0], lowest, highest,
+                  out[first:first + len(x)])
 
 
 @compiled
-def round_rows(counter, x, beside, shift, inv, code, lowest, highest, key, step, constant, out):
-    """Codes of x (N, D) with one shift, inv and code a row; noise of flat elements."""
+def round_rows(counter, x, beside, maps, lowest, highest, key, step, constant, out):
+    """Codes of x (N, D); maps (3, N): shift, inv and code of each row; noise of flat elements."""
     me = seat(counter)
     if me < 0:
         return
@@ -59,14 +60,13 @@ def round_rows(counter, x, beside, shift, inv, code, lowest, highest, key, step,
         stop = min(D, start + CHUNK)
         round_beside(x[n, start:stop], n * D + start, beside, words)
         noise = noise_of(key, step, n * D + start, stop - start, constant, words)
-        round_run(x[n, start:stop], noise, shift[n], inv[n], code[n], lowest, highest,
+        round_run(x[n, start:stop], noise, maps[0, n], maps[1, n], maps[2, n], lowest, highest,
                   out[n, start:stop])
     leave(counter, me)
 
 
 @compiled
-def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest, key, step,
-                     constant, out):
+def round_normalized(counter, x, norm, floor, maps, lowest, highest, key, step, constant, out):
     """round_rows of max(normalize_run(x), floor), all rows with the same shift, inv and code."""
     me = seat(counter)
     if me < 0:
@@ -82,7 +82,7 @@ def round_normalized(counter, x, norm, floor, shift, inv, code, lowest, highest,
             stop = min(D, start + run)
             normalize_run(x[n, start:stop], norm, floor, y)
             noise = noise_of(key, step, n * D + start, stop - start, constant, words)
-            round_run(y[:stop - start], noise, shift, inv, code, lowest, highest,
+            round_run(y[:stop - start], noise, maps[0, 0], maps[1, 0], maps[2, 0], lowest, highest,
                       out[n, start:stop])
     leave(counter, me)
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
-from minifqt.kernels.cpu.plans import joined
+from minifqt.kernels.cpu.scales import joined
 
 
 @compiled

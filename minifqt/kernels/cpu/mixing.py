@@ -7,7 +7,7 @@ from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_beside, round_run, widen
 from minifqt.kernels.cpu.noise import BLOCKS, TURN, noise_of
-from minifqt.kernels.cpu.plans import grid_row
+from minifqt.kernels.cpu.scales import grid_row
 from minifqt.kernels.reference import UNIT
 
 CHUNK = 16 * 2 * TURN                                     # columns of a group at a time, in cache
@@ -98,7 +98,7 @@ def reflect_and_round(counter, x, beside, source, before, starts, largest, bins,
 
     largest  rows of a group, at most
     beside  another rounding, of x itself (codes.round_beside)
-    exponent, grids  (N,), (3, N) as in plans.grid; a row that must be rescaled gets no codes
+    exponent, grids  (N,), (3, N) as in scales.grid; a row that must be rescaled gets no codes
     """
     me = seat(counter)
     if me < 0:

@@ -1,68 +1,12 @@
 """Small arithmetic between kernels, compiled: in NumPy it is a hundred short calls a layer.
 
-What is computed, and why, is said elsewhere, and tests compare the bits: `grid` in
-quantizers/affine.py, `symmetric` as Symmetric in quantizers/ptq.py, `joined` in
-kernels/rounding.py, `epilogue` in kernels/reference.py; the ranges of a batch norm are those of its
-formed array. BHQ's own: householder.py.
+What is computed, and why, is said elsewhere, and tests compare the bits: `epilogue` in
+kernels/reference.py, SGD in optim.py. Ranges and grids: scales.py.
 """
-import math
 
 import numpy as np
 
 from minifqt.kernels.cpu.choice import compiled
-from minifqt.kernels.cpu.codes import row_range
-from minifqt.kernels.reference import UNIT
-
-SMALLEST, TINY, NARROW, LARGE = (np.float32(2.0**e) for e in (-149, -76, -100, 119))   # affine.py
-ZERO = np.float32(0)
-
-
-@compiled
-def odd(low, high):
-    """Whether a row must be rescaled (affine.rescaled)."""
-    largest = max(-low, high)
-    return largest > LARGE or (high - low < NARROW and 0 < largest < TINY)
-
-
-@compiled
-def grid_row(least, most, bins, exponent):
-    """inv, scale and zero of a row; scale 0 where it must be rescaled."""
-    if odd(least, most):
-        return ZERO, ZERO, ZERO
-    width = most - least
-    flat = width == 0
-    scale = (np.float32(1) if least == 0 else abs(least)) if flat else width / np.float32(bins)
-    scale = np.float32(max(math.ldexp(scale, exponent), SMALLEST))
-    inv = ZERO if flat else np.float32(UNIT * bins) / width
-    return inv, scale, np.float32(-least / math.ldexp(scale, -exponent))
-
-
-@compiled
-def grid(low, high, bins, exponent, out):
-    """inv, scale and zero of rows (N, 1) into out (3, N, 1); False where a row must be rescaled.
-
-    exponent  (N, 1), or (1, 1) for all rows
-    """
-    for i in range(len(low)):
-        e = exponent[min(i, len(exponent) - 1), 0]
-        inv, scale, zero = grid_row(low[i, 0], high[i, 0], bins, e)
-        if scale == 0:
-            return False
-        out[0, i, 0], out[1, i, 0], out[2, i, 0] = inv, scale, zero
-    return True
-
-
-@compiled
-def normalized_ranges(ranges, mean, inv_std, weight, bias, floor, out):
-    """Ranges (2, N, C) of x → those of what batch norm and ReLU make of it."""
-    _, N, C = ranges.shape
-    for n in range(N):
-        for c in range(C):
-            one = weight[c] * ((ranges[0, n, c] - mean[c]) * inv_std[c]) + bias[c]
-            two = weight[c] * ((ranges[1, n, c] - mean[c]) * inv_std[c]) + bias[c]
-            low, high = (one, two) if one < two else (two, one)
-            out[0, n, c] = floor if low < floor else low  # NaN stays
-            out[1, n, c] = floor if high < floor else high
 
 
 @compiled
@@ -127,28 +71,3 @@ def momentum_step(w, grad, ends, decay, momentum, lr, v, new_w):
             mean[i] = momentum * mean[i] + g[i] + rate * old[i]
             new[i] = old[i] - lr * mean[i]
         start = end
-
-
-@compiled
-def joined(parts, out):
-    """Ranges of rows' parts (2, N, parts) → those of the rows, out (2, N, 1); whether finite."""
-    finite = True
-    for n in range(parts.shape[1]):
-        low, _ = row_range(parts[0, n])
-        _, high = row_range(parts[1, n])
-        out[0, n, 0], out[1, n, 0] = low, high
-        finite = finite and math.isfinite(low) and math.isfinite(high)
-    return finite
-
-
-@compiled
-def symmetric(low, high, top, out):
-    """shift, inv, code, scale and zero of `sym`, out (5, 1, 1); False where x must be rescaled."""
-    least, most = low[0, 0], high[0, 0]
-    if odd(least, most):
-        return False
-    largest = max(-least, most)
-    scale = np.float32(1) if largest == 0 else largest / np.float32(top)
-    out[:] = 0
-    out[1, 0, 0], out[3, 0, 0] = np.float32(UNIT) / scale, max(scale, SMALLEST)
-    return True
