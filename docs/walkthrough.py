@@ -411,7 +411,7 @@ mixed row is led by the {order[0]}):
 ```
 {block("T", T, 3)}
 ```
-{by(Householder, "part[self.order] * scales[:, None]")}
+{by(Householder, "x[self.order] * scales[:, None]")}
 
 Ranges before: {listed(np.ptp(rows_in, axis=1))}. Ranges of the mixed rows:
 {listed(np.ptp(mixed, axis=1))}: nearly alike now, so no row is wasted on a range that it does not

@@ -257,16 +257,16 @@ def test_blas_has_one_thread_until_the_last_is_outside():
 
 
 def test_what_is_begun_is_done_by_whoever_has_time():
-    before = backend.threads()
+    before, released = backend.threads(), Event()
     backend.set_threads(2)
     try:
-        released = Event()
         first, second = backend.begun(released.wait), backend.begun(np.add, 1, 2)
         assert second() == 3                              # the only helper is busy
         released.set()
         assert first()
         assert backend.begun(np.multiply, 2, 3)() == 6
     finally:
+        released.set()
         backend.set_threads(before)
 
 

@@ -223,8 +223,13 @@ class Householder:
             return self._compiled(y, after=(self.order, self.undo_scales))
         if array_module(y) is np:
             return reflect.undo(y, self._reflection, self.order, self.undo_scales)
-        return self._by_rows(y, self.order, lambda y: (
-            self._reflect(y.astype("float64")) * self.undo_scales[:, None]))
+
+        def unmixed(y):
+            y = self._reflect(y.astype("float64"))
+            y *= self.undo_scales[:, None]
+            return y
+
+        return self._by_rows(y, self.order, unmixed)
 
     def _scaled(self, x, scales):
         if suits(x):
