@@ -66,7 +66,7 @@ class SGD:
     def _suits(self, params):
         arrays = [a for name, p in params.items() for a in (p.data, p.grad, self.velocity[name])]
         return (choice.isa() is not None and {a.dtype for a in arrays} == {np.dtype("float32")}
-                and all(issubclass(kind, np.ndarray) for kind in {type(a) for a in arrays}))
+                and all(array_module(a) is np for a in arrays))
 
 
 class _Whole:

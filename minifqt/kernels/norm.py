@@ -211,27 +211,26 @@ class Normalized(Lazy):
         """dx, dweight, dbias as above; dy counts where this is above its floor."""
         x, vectors, floor = self.operands()
         C, count = self.shape[-1], self.size // self.shape[-1]
-        formed = None                                     # dy that nobody else has seen
         if isinstance(dy, Lazy):
-            formed, sums = dy.gated(x, vectors, floor)
+            own, sums = dy.gated(x, vectors, floor)
         else:
-            sums = np.empty((2, len(dy), C))
-            share(norms.gradient_sums, images(dy), x, vectors, floor, C, NOTHING, sums)
+            own, sums = blank(self.shape), np.empty((2, len(dy), C))
+            share(norms.gradient_sums, images(dy), x, vectors, floor, C, images(own), sums)
         dbias, dweight = totals = np.empty((2, C), np.float32)
         slopes = np.empty((3, vectors.shape[1]), np.float32)
         channels.slopes(sums, count, vectors, totals, slopes)
-        return NormGradient(dy, formed, x, vectors, floor, slopes), dweight, dbias
+        return NormGradient(dy, own, x, vectors, floor, slopes), dweight, dbias
 
 
 class NormGradient(Lazy):
     """dx of a batch norm, not computed yet: a residual's gradient is added in the same pass.
 
-    formed  dy's numbers, if dx may take their memory: half of what is written is then read anyway
+    own  dy's numbers, whose memory dx takes: what is written is then read anyway
     """
 
-    def __init__(self, dy, formed, *operands):
+    def __init__(self, dy, own, *operands):
         super().__init__(dy.shape)
-        self.dy, self.formed, self.operands = dy, formed, operands
+        self.dy, self.own, self.operands = dy, own, operands
 
     def form(self):
         """dx.  (N, …, C)."""
@@ -239,11 +238,11 @@ class NormGradient(Lazy):
 
     def plus(self, other):
         """dx + other."""
-        dy, self.formed = self.formed, None               # the first time only
-        dx = blank(self.shape) if dy is None else dy.view(Seen)
-        dy, ranges = self.dy if dy is None else dy, np.empty((2, len(self), 1), np.float32)
-        share(norms.gradient, images(dy), *self.operands,
-              images(other) if other.size else other, images(dx), ranges)
+        dx, self.own = self.own, None                     # the first time only
+        dx = (np.array(self.dy, order="C") if dx is None else dx).view(Seen)
+        ranges = np.empty((2, len(self), 1), np.float32)
+        share(norms.gradient, images(dx), *self.operands,
+              images(other) if other.size else other, ranges)
         dx.summary = Summary(ranges, None)
         return dx
 

@@ -14,7 +14,7 @@ from minifqt.kernels.cpu import choice
 
 if choice.numba is not None:
     from minifqt.kernels.cpu import norms
-    from minifqt.kernels.cpu.team import run_for, share
+    from minifqt.kernels.cpu.team import share
 
 
 class Summary(NamedTuple):
@@ -153,5 +153,5 @@ def summary(x: np.ndarray) -> Summary:
         return known
     C = x.shape[-1]
     sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
-    run_for(x)(norms.summarize, images(x), C, sums, ranges)
+    share(norms.summarize, images(x), C, sums, ranges)
     return Summary(ranges, sums)

@@ -164,10 +164,16 @@ def pixel_means(counter, x, norm, floor, out):
 
 
 @compiled
+def gate(dy, normal, weight, bias, floor):
+    """g = dy where weight · x̂ + bias is above floor, else 0.  Numbers."""
+    return dy * (ONE if weight * normal + bias > floor else ZERO)
+
+
+@compiled
 def gated(dy, x, mean, inv_std, weight, bias, floor):
-    """g = dy where weight · x̂ + bias is above floor, else 0; and g · x̂.  Numbers."""
+    """g and g · x̂.  Numbers."""
     normal = (x - mean) * inv_std
-    g = dy * (ONE if weight * normal + bias > floor else ZERO)
+    g = gate(dy, normal, weight, bias, floor)
     return np.float64(g), np.float64(g * normal)
 
 
@@ -197,10 +203,10 @@ def gradient_sums_rows(dy, x, norm, floor, run, s1, s2):
 
 
 @compiled
-def gradient_sums(counter, dy, x, norm, floor, C, spread, sums):
-    """gradient_sums_rows of each image.  dy, x (N, D) → sums (2, N, C).
+def gradient_sums(counter, dy, x, norm, floor, C, copy, sums):
+    """gradient_sums_rows of each image.  dy, x (N, D) → sums (2, N, C), and a copy of dy (N, D).
 
-    spread  (N, D) or empty: where dy (N, C), that of all pixels alike, is spread
+    dy  may be (N, C), that of all pixels alike
     """
     me = seat(counter)
     if me < 0:
@@ -213,22 +219,28 @@ def gradient_sums(counter, dy, x, norm, floor, C, spread, sums):
         if n >= len(x):
             break
         s1[:], s2[:] = 0, 0
-        row = spread[n] if spread.size else dy[n]
-        if spread.size:
-            for start in range(0, len(row), C):
-                pixel = row[start:start + C]
-                for c in range(C):
-                    pixel[c] = dy[n, c]
-        gradient_sums_rows(row, x[n], norm, floor, run, s1, s2)
+        for start in range(0, x.shape[1], dy.shape[1]):
+            part = copy[n, start:start + dy.shape[1]]
+            for i in range(len(part)):
+                part[i] = dy[n, i]
+        gradient_sums_rows(copy[n], x[n], norm, floor, run, s1, s2)
         fold(s1, s2, unused, unused, C, n, sums, nothing)
     leave(counter, me)
 
 
 @compiled
-def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
-    """dx = gain · (g − x̂ · mean_gx − mean_g) (+ residual); ranges (2, N, 1), its range.
+def slope(dy, x, mean, inv_std, weight, bias, floor, mean_g, mean_gx, gain):
+    """gain · (g − x̂ · mean_gx − mean_g).  Numbers."""
+    normal = (x - mean) * inv_std
+    return ((gate(dy, normal, weight, bias, floor) - normal * mean_gx) - mean_g) * gain
 
-    slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty;  dx may be dy's own memory
+
+@compiled
+def gradient(counter, dx, x, norm, floor, slopes, residual, ranges):
+    """dx, which holds dy, becomes `slope` of it (+ residual); ranges (2, N, 1), its range.
+
+    slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty
+    In place: an array for dx of its own, or for what is not added yet, costs a fifth more.
     """
     me = seat(counter)
     if me < 0:
@@ -237,7 +249,6 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
     run = norm.shape[1]
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     mean_g, mean_gx, gain = slopes[0], slopes[1], slopes[2]
-    part = np.empty(run, np.float32)
     while True:
         n = take(counter)
         if n >= N:
@@ -245,18 +256,16 @@ def gradient(counter, dy, x, norm, floor, slopes, residual, dx, ranges):
         low, high, wrong = np.float32(np.inf), np.float32(-np.inf), ZERO
         for start in range(0, D, run):
             stop = min(D, start + run)
-            upstream, row, out = dy[n, start:stop], x[n, start:stop], dx[n, start:stop]
-            for i in range(len(row)):
-                normal = (row[i] - mean[i]) * inv_std[i]
-                g = upstream[i] * (ONE if weight[i] * normal + bias[i] > floor else ZERO)
-                part[i] = ((g - normal * mean_gx[i]) - mean_g[i]) * gain[i]
+            row, out = x[n, start:stop], dx[n, start:stop]
             if residual.size:
                 other = residual[n, start:stop]
                 for i in range(len(row)):
-                    out[i] = part[i] + other[i]
+                    out[i] = slope(out[i], row[i], mean[i], inv_std[i], weight[i], bias[i], floor,
+                                   mean_g[i], mean_gx[i], gain[i]) + other[i]
             else:
                 for i in range(len(row)):
-                    out[i] = part[i]
+                    out[i] = slope(out[i], row[i], mean[i], inv_std[i], weight[i], bias[i], floor,
+                                   mean_g[i], mean_gx[i], gain[i])
             least, most = row_range(out)
             low, high, wrong = min(low, least), max(high, most), wrong + (least - least)
         ranges[0, n, 0], ranges[1, n, 0] = low + wrong, high + wrong          # 0, or NaN
