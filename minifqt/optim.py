@@ -13,7 +13,7 @@ from minifqt.kernels.seen import Lazy
 from minifqt.layers import Param
 
 if choice.numba is not None:
-    from minifqt.kernels.cpu import plans
+    from minifqt.kernels.cpu import norms
 
 
 class SGD:
@@ -58,7 +58,7 @@ class SGD:
         w = self._w if self._w.has(data) else _Whole.of(data)
         grad, self._w = _Whole.of([p.grad for p in params.values()]), _Whole(w.shapes)
         decay = np.array([self.weight_decay * p.decay for p in params.values()], np.float32)
-        plans.momentum_step(w.flat, grad.flat, w.ends, decay, np.float32(self.momentum),
+        norms.momentum_step(w.flat, grad.flat, w.ends, decay, np.float32(self.momentum),
                             np.float32(lr), self._v.flat, self._w.flat)
         for p, new in zip(params.values(), self._w.parts, strict=True):
             p.data = new

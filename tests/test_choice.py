@@ -118,7 +118,7 @@ def stamps():
 @pytest.mark.parametrize(("edited", "stale"), [
     ("choice", set(KERNELS)), ("tiles", FROM_TILES), ("noise", FROM_NOISE),
     ("wgrad", {"products", "wgrad"}), ("scales", FROM_SCALES),
-    ("plans", {"plans", "products", "wgrad"}), ("products", {"products"})])
+    ("products", {"products"})])
 def test_an_edit_makes_stale_what_imports_the_file_and_nothing_else(edited, stale, monkeypatch):
     pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
     before, read = stamps(), Path.read_bytes

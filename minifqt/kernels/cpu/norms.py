@@ -1,4 +1,4 @@
-"""Sums over images, batch norm both ways with the ReLU behind it, and sums of two arrays, compiled.
+"""Compiled: sums over images, batch norm both ways with the ReLU behind it, sums, SGD.
 
 Arrays (N, D) are images of pixels with C channels innermost. Vectors of a channel each come tiled
 to a `run` of a few hundred numbers, so that inner loops are long and plain; every sum is float64,
@@ -270,3 +270,18 @@ def gradient(counter, dx, x, norm, floor, slopes, residual, ranges):
             low, high, wrong = min(low, least), max(high, most), wrong + (least - least)
         ranges[0, n, 0], ranges[1, n, 0] = low + wrong, high + wrong          # 0, or NaN
     leave(counter, me)
+
+
+@compiled
+def momentum_step(w, grad, ends, decay, momentum, lr, v, new_w):
+    """v ← momentum · v + grad + decay · w, in its place; w ← w − lr · v.  All float32, flat.
+
+    ends, decay  where each parameter ends, and its decay
+    """
+    start = 0
+    for end, rate in zip(ends, decay):  # noqa: B905 - numba has no strict
+        old, g, mean, new = w[start:end], grad[start:end], v[start:end], new_w[start:end]
+        for i in range(len(g)):
+            mean[i] = momentum * mean[i] + g[i] + rate * old[i]
+            new[i] = old[i] - lr * mean[i]
+        start = end
