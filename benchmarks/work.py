@@ -150,8 +150,8 @@ WORK = {                                                  # kernel → Work of i
     "add": passed(["a", "b"], ["out"], doubles=1, floats=1 + 2),
     "normalize": passed(["x"], ["out"], floats=5),
     "pixel_means": passed(["x"], ["out"], doubles=1, floats=5),
-    "gradient_sums": passed(["x", "dy"], ["copy"], doubles=2, floats=7),
-    "gradient": passed(["dx", "x", "residual"], ["dx"], floats=10 + 2),
+    "gradient_sums": passed(["x", "dy"], ["g"], doubles=2, floats=7),
+    "gradient": passed(["dx", "x", "residual"], ["dx"], floats=7 + 2),
 }
 
 

@@ -513,7 +513,7 @@ def test_a_norms_gradient_is_the_same_each_time_it_is_read(recipe):
     assert (expected[0] + one == expected[1]).all()
     assert (expected[0] + other == expected[2]).all()
     for dx, order in zip(norm_gradients(recipe, 6), permutations(range(3)), strict=True):
-        assert dx.own is not None
+        assert dx.g is not None
         found = [(i, readings[i](dx)) for i in (*order, *order)]
         for i, array in found:                            # no later one wrote to an earlier one
             assert (np.asarray(array) == expected[i]).all()

@@ -211,26 +211,31 @@ class Normalized(Lazy):
         """dx, dweight, dbias as above; dy counts where this is above its floor."""
         x, vectors, floor = self.operands()
         C, count = self.shape[-1], self.size // self.shape[-1]
-        if isinstance(dy, Lazy):
-            own, sums = dy.gated(x, vectors, floor)
-        else:
-            own, sums = blank(self.shape), np.empty((2, len(dy), C))
-            share(norms.gradient_sums, images(dy), x, vectors, floor, C, images(own), sums)
+
+        def gated():
+            if isinstance(dy, Lazy):
+                return dy.gated(x, vectors, floor)
+            g, sums = blank(self.shape), np.empty((2, len(dy), C))
+            share(norms.gradient_sums, images(dy), x, vectors, floor, C, images(g), sums)
+            return g, sums
+
+        g, sums = gated()
         dbias, dweight = totals = np.empty((2, C), np.float32)
         slopes = np.empty((3, vectors.shape[1]), np.float32)
         channels.slopes(sums, count, vectors, totals, slopes)
-        return NormGradient(dy, own, x, vectors, floor, slopes), dweight, dbias
+        return NormGradient(g, gated, x, vectors, slopes), dweight, dbias
 
 
 class NormGradient(Lazy):
     """dx of a batch norm, not computed yet: a residual's gradient is added in the same pass.
 
-    own  dy's numbers, whose memory dx takes: what is written is then read anyway
+    g, again  dy where it counts, whose memory dx takes: what is written is then read anyway; and
+              what computes it once more (and its sums)
     """
 
-    def __init__(self, dy, own, *operands):
-        super().__init__(dy.shape)
-        self.dy, self.own, self.operands = dy, own, operands
+    def __init__(self, g, again, *operands):
+        super().__init__(g.shape)
+        self.g, self.again, self.operands = g, again, operands
 
     def form(self):
         """dx.  (N, …, C)."""
@@ -238,8 +243,8 @@ class NormGradient(Lazy):
 
     def plus(self, other):
         """dx + other."""
-        dx, self.own = self.own, None                     # the first time only
-        dx = (np.array(self.dy, order="C") if dx is None else dx).view(Seen)
+        g, self.g = self.g, None                          # the first time only
+        dx = (self.again()[0] if g is None else g).view(Seen)
         ranges = np.empty((2, len(self), 1), np.float32)
         share(norms.gradient, images(dx), *self.operands,
               images(other) if other.size else other, ranges)

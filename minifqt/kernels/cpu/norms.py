@@ -164,47 +164,50 @@ def pixel_means(counter, x, norm, floor, out):
 
 
 @compiled
-def gate(dy, normal, weight, bias, floor):
-    """g = dy where weight · x̂ + bias is above floor, else 0.  Numbers."""
-    return dy * (ONE if weight * normal + bias > floor else ZERO)
+def gate_row(dy, x, norm, floor):
+    """dy becomes g: dy where weight · x̂ + bias is above floor, else 0.  Flat, whole pixels."""
+    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
+    for start in range(0, len(x), norm.shape[1]):
+        stop = min(len(x), start + norm.shape[1])
+        row, g = x[start:stop], dy[start:stop]
+        for i in range(len(row)):
+            y = weight[i] * ((row[i] - mean[i]) * inv_std[i]) + bias[i]
+            g[i] *= ONE if y > floor else ZERO
 
 
 @compiled
-def gated(dy, x, mean, inv_std, weight, bias, floor):
+def both(g, x, mean, inv_std):
     """g and g · x̂.  Numbers."""
-    normal = (x - mean) * inv_std
-    g = gate(dy, normal, weight, bias, floor)
-    return np.float64(g), np.float64(g * normal)
+    return np.float64(g), np.float64(g * ((x - mean) * inv_std))
 
 
 @partial(compiled, forceinline=True)                      # its many arguments cost much
-def gradient_sums_rows(dy, x, norm, floor, run, s1, s2):
-    """s1 += g, s2 += g · x̂, place by place, for flat dy, x of whole pixels; four runs at a time."""
-    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
+def gradient_sums_rows(g, x, norm, run, s1, s2):
+    """s1 += g, s2 += g · x̂, place by place, for flat g, x of whole pixels; four runs at a time."""
+    mean, inv_std = norm[0], norm[1]
     whole = len(x) // (4 * run) * (4 * run)
     for start in range(0, whole, 4 * run):
         a, b = x[start:start + run], x[start + run:start + 2 * run]
         c, d = x[start + 2 * run:start + 3 * run], x[start + 3 * run:start + 4 * run]
-        p, q = dy[start:start + run], dy[start + run:start + 2 * run]
-        r, s = dy[start + 2 * run:start + 3 * run], dy[start + 3 * run:start + 4 * run]
+        p, q = g[start:start + run], g[start + run:start + 2 * run]
+        r, s = g[start + 2 * run:start + 3 * run], g[start + 3 * run:start + 4 * run]
         for i in range(run):
-            g0, h0 = gated(p[i], a[i], mean[i], inv_std[i], weight[i], bias[i], floor)
-            g1, h1 = gated(q[i], b[i], mean[i], inv_std[i], weight[i], bias[i], floor)
-            g2, h2 = gated(r[i], c[i], mean[i], inv_std[i], weight[i], bias[i], floor)
-            g3, h3 = gated(s[i], d[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+            g0, h0 = both(p[i], a[i], mean[i], inv_std[i])
+            g1, h1 = both(q[i], b[i], mean[i], inv_std[i])
+            g2, h2 = both(r[i], c[i], mean[i], inv_std[i])
+            g3, h3 = both(s[i], d[i], mean[i], inv_std[i])
             s1[i] += (g0 + g1) + (g2 + g3)
             s2[i] += (h0 + h1) + (h2 + h3)
     for start in range(whole, len(x), run):
         for i in range(min(run, len(x) - start)):
-            g0, h0 = gated(dy[start + i], x[start + i], mean[i], inv_std[i], weight[i], bias[i],
-                           floor)
+            g0, h0 = both(g[start + i], x[start + i], mean[i], inv_std[i])
             s1[i] += g0
             s2[i] += h0
 
 
 @compiled
-def gradient_sums(counter, dy, x, norm, floor, C, copy, sums):
-    """gradient_sums_rows of each image.  dy, x (N, D) → sums (2, N, C), and a copy of dy (N, D).
+def gradient_sums(counter, dy, x, norm, floor, C, g, sums):
+    """gate_row and gradient_sums_rows of each image.  dy, x (N, D) → g (N, D), sums (2, N, C).
 
     dy  may be (N, C), that of all pixels alike
     """
@@ -220,24 +223,24 @@ def gradient_sums(counter, dy, x, norm, floor, C, copy, sums):
             break
         s1[:], s2[:] = 0, 0
         for start in range(0, x.shape[1], dy.shape[1]):
-            part = copy[n, start:start + dy.shape[1]]
+            part = g[n, start:start + dy.shape[1]]
             for i in range(len(part)):
                 part[i] = dy[n, i]
-        gradient_sums_rows(copy[n], x[n], norm, floor, run, s1, s2)
+        gate_row(g[n], x[n], norm, floor)
+        gradient_sums_rows(g[n], x[n], norm, run, s1, s2)
         fold(s1, s2, unused, unused, C, n, sums, nothing)
     leave(counter, me)
 
 
 @compiled
-def slope(dy, x, mean, inv_std, weight, bias, floor, mean_g, mean_gx, gain):
+def slope(g, x, mean, inv_std, mean_g, mean_gx, gain):
     """gain · (g − x̂ · mean_gx − mean_g).  Numbers."""
-    normal = (x - mean) * inv_std
-    return ((gate(dy, normal, weight, bias, floor) - normal * mean_gx) - mean_g) * gain
+    return ((g - (x - mean) * inv_std * mean_gx) - mean_g) * gain
 
 
 @compiled
-def gradient(counter, dx, x, norm, floor, slopes, residual, ranges):
-    """dx, which holds dy, becomes `slope` of it (+ residual); ranges (2, N, 1), its range.
+def gradient(counter, dx, x, norm, slopes, residual, ranges):
+    """dx, which holds g, becomes `slope` of it (+ residual); ranges (2, N, 1), its range.
 
     slopes  (3, run): mean_g, mean_gx, gain;  residual  (N, D) or empty
     In place: an array for dx of its own, or for what is not added yet, costs a fifth more.
@@ -247,7 +250,7 @@ def gradient(counter, dx, x, norm, floor, slopes, residual, ranges):
         return
     N, D = x.shape
     run = norm.shape[1]
-    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
+    mean, inv_std = norm[0], norm[1]
     mean_g, mean_gx, gain = slopes[0], slopes[1], slopes[2]
     while True:
         n = take(counter)
@@ -260,12 +263,12 @@ def gradient(counter, dx, x, norm, floor, slopes, residual, ranges):
             if residual.size:
                 other = residual[n, start:stop]
                 for i in range(len(row)):
-                    out[i] = slope(out[i], row[i], mean[i], inv_std[i], weight[i], bias[i], floor,
-                                   mean_g[i], mean_gx[i], gain[i]) + other[i]
+                    out[i] = slope(out[i], row[i], mean[i], inv_std[i], mean_g[i], mean_gx[i],
+                                   gain[i]) + other[i]
             else:
                 for i in range(len(row)):
-                    out[i] = slope(out[i], row[i], mean[i], inv_std[i], weight[i], bias[i], floor,
-                                   mean_g[i], mean_gx[i], gain[i])
+                    out[i] = slope(out[i], row[i], mean[i], inv_std[i], mean_g[i], mean_gx[i],
+                                   gain[i])
             least, most = row_range(out)
             low, high, wrong = min(low, least), max(high, most), wrong + (least - least)
         ranges[0, n, 0], ranges[1, n, 0] = low + wrong, high + wrong          # 0, or NaN

@@ -13,7 +13,7 @@ import numpy as np
 from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
-from minifqt.kernels.cpu.norms import fold, gradient_sums_rows, run_of, summarize_run
+from minifqt.kernels.cpu.norms import fold, gate_row, gradient_sums_rows, run_of, summarize_run
 from minifqt.kernels.cpu.packing import packed, prepared, rank
 from minifqt.kernels.cpu.tiles import fetch, lanes_of, tile
 
@@ -174,7 +174,7 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
 
     largest  rows of a group, at most
     starts .. after  as in mixing.reflect, where before and source are none
-    residual, x  (N, P · Q · K), or empty: nothing is added, no sums are wanted
+    residual, x  (N, P · Q · K), or empty: nothing is added, nothing gated and summed
     norm, floor  as in norms.gradient_sums;  sums (2, groups · strips, K) of groups and strips
     """
     me = seat(counter)
@@ -222,8 +222,9 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
                     for i in range(len(out)):
                         out[i] += more[i]
                 if x.size:
-                    gradient_sums_rows(out, x[target[j], at + left:at + right], norm, floor, run,
-                                       s1, s2)
+                    row = x[target[j], at + left:at + right]
+                    gate_row(out, row, norm, floor)
+                    gradient_sums_rows(out, row, norm, run, s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
     leave(counter, me)
 
