@@ -555,8 +555,9 @@ def test_compiled_reflections_are_the_plain_ones_bit_for_bit(kind, N):
             low[some] = high[some] = (kind == "constant") * rng.standard_normal(some.sum()).round()
         largest = np.frexp(max(abs(low).max(), abs(high).max()))[1]
         unit = {"huge": 127 - largest, "tiny": -140, "dwarfs": -largest}.get(kind, 0)
-        parts = np.ldexp([low, high], unit).astype("float32")[:, :, None] * [1, 0.5, 1]
-        parts = np.sort(parts.astype("float32"), axis=0)  # the lowest and highest lie in any part
+        low, high = np.ldexp([low, high], unit).astype("float32")
+        middle = np.clip(low / 2 + high / 2, low, high)
+        parts = np.stack([[low, middle, middle], [middle, middle, high]]).swapaxes(1, 2)
         plain, compiled = reflected(parts)
         sizes = Householder(*plain).sizes
         for found, expected in zip(compiled, (*plain, sizes), strict=True):

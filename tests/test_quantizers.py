@@ -13,6 +13,7 @@ import minifqt
 from minifqt import backend, quantizers
 from minifqt.backend import array_module
 from minifqt.kernels import reference, rounding
+from minifqt.kernels.cpu import choice
 from minifqt.qtensor import QTensor
 from minifqt.quantizers import Bound, Quantizer, create
 from minifqt.quantizers.affine import grid, rescaled
@@ -746,6 +747,20 @@ def test_blocks_of_codes_are_their_reference_bit_for_bit(shape, bits, monkeypatc
                                     dtype)
         assert codes.dtype == dtype
         assert np.array_equal(codes, reference.anchored_codes(fixed, h))
+
+
+@pytest.mark.parametrize("shape", [(1, 200_000), (40, 3000), (3, 70_000)])
+@pytest.mark.parametrize("kernels", choice.supported())
+def test_noise_made_block_by_block_is_that_of_the_whole(shape, kernels, set_instructions,
+                                                        monkeypatch):
+    set_instructions(kernels)
+    monkeypatch.setattr(rounding, "_BLOCK", 1 << 16)
+    x = np.random.default_rng(0).uniform(0, 1, shape).astype("float32")
+    stream = Streams(3).stream("x")
+    low, inv = np.zeros((shape[0], 1), "float32"), np.full((shape[0], 1), 65536 * 3, "float32")
+    expected = reference.round_codes(reference.fixed_point(x, low, inv), stream.bits(shape), 3)
+    assert np.array_equal(rounding.round_rows(x, (low, inv, 0 * low), stream, shape, (0, 3)),
+                          expected)
 
 
 def test_fixed_point_is_exact_in_float32_and_clipped_at_the_top():
