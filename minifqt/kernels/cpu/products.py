@@ -188,7 +188,7 @@ def matmul(a, b):
     left.reshape(len(left), -1)[:M, :K] = codes_of(a) ^ flip_a
     signed = (codes_of(b) ^ flip_b).view(np.int8)
     out = np.empty((len(left), -(-J // isa.lanes) * isa.lanes), np.int32)
-    share(gemm_rows, *isa.tile, left, signed.reshape(J, 1, 1, K), out)
+    share(gemm_rows, *isa.tile, left, signed.reshape(J, 1, 1, K), False, 1, out)
     a1 = (codes_of(a) ^ flip_a).sum(axis=1, dtype="float64")[:, None]
     b1 = signed.sum(axis=1, dtype="float64")
     terms = blas.Terms(a, b, turn_b=first_to_last, centres=(-int(flip_a), int(flip_b)))

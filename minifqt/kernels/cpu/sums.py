@@ -230,12 +230,15 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
 
 
 @compiled
-def gemm_rows(counter, rows, vectors, a, w, out):
-    """out (M, J') = a wᵀ for a (M, words of K, group), w (J, 1, 1, K), J' whole vectors.  int32."""
+def gemm_rows(counter, rows, vectors, a, w, turned, spread, out):
+    """out (M, J') = a wᵀ for a (M, words of K, group), w (J, 1, 1, K), J' whole vectors.  int32.
+
+    turned, spread  False and 1: constants here would compile `packed` once more
+    """
     me = seat(counter)
     if me < 0:
         return
-    b, lanes = packed(w, False, 1, a, vectors), lanes_of(vectors)
+    b, lanes = packed(w, turned, spread, a.reshape(-1), vectors), lanes_of(vectors)
     M, words = a.shape[:2]
     while True:
         task = take(counter)
