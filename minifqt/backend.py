@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from threading import Lock
+from threading import Lock, local
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +30,7 @@ _LARGE = 1 << 14                                          # bytes; malloc keeps 
 _shelf: dict[int, list["_Memory"]] = {}                  # free memory by size
 _SLAB, _slab_lock = 1 << 26, Lock()
 _slab = np.empty(0, np.uint8)                             # what is left of the last large piece
+_own = local()                                           # scratch memory of each thread
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -142,6 +143,18 @@ def empty(shape: tuple, dtype="float32", xp=np) -> Array:
     loan = memory.view(_Loan)
     loan.memory = memory
     return np.ndarray(shape, dtype, loan)
+
+
+def scratch(use: str, shape: tuple, dtype="float32", xp=np) -> Array:
+    """An array of arbitrary contents in memory of this thread alone, until the next of this use."""
+    if xp is not np:
+        return xp.empty(shape, dtype)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = getattr(_own, use, None)
+    if memory is None or len(memory) < size:
+        memory = np.empty(size, np.uint8)
+        setattr(_own, use, memory)
+    return np.ndarray(shape, dtype, memory)
 
 
 class _Memory(np.ndarray):

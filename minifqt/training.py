@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from minifqt.backend import array_module, to_cpu
+from minifqt.backend import array_module, one_blas_thread, to_cpu
 from minifqt.losses import cross_entropy
 from minifqt.rng import NonFiniteError
 
 
+@one_blas_thread()                                        # minifqt's own threads share its work
 def train_step(net, optimizer, x, labels, lr, step, label_smoothing=0.0):
     """One step on x (N, H, W, C), labels (N,); returns the loss."""
     net.streams.step = step                               # all noise is a function of it

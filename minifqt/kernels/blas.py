@@ -6,7 +6,7 @@ centring. What leaves is bit for bit what reference.py gives for integers.
 """
 import numpy as np
 
-from minifqt.backend import array_module, empty, map_blocks, one_blas_thread
+from minifqt.backend import array_module, empty, map_blocks, one_blas_thread, scratch
 from minifqt.kernels.engines import Floats, centre, engine_of
 from minifqt.kernels.reference import first_to_last, output_size
 from minifqt.qtensor import QTensor
@@ -126,7 +126,8 @@ def correlate(a, b, canvas, offset, stride, y):
 
     def sums(codes):
         image = place(codes, engine, canvas, offset)
-        pairs = zip(columns(image, (R, S), out, stride, group), filters, strict=True)
+        taps = columns(image, (R, S), out, stride, group, engine.dtype)
+        pairs = zip(taps, filters, strict=True)
         return engine.dot(*pairs).reshape(-1, *out, len(weights))
 
     if engine.exact:
@@ -152,9 +153,11 @@ def conv_wgrad(g, x, kernel, stride, padding):
 
     def product(left, image, engine):
         left = left.reshape(len(left), P * Q, -1)
-        taps = [engine.gather(left, some)
-                for some in columns(image, kernel, (P, Q), stride, group)]
-        return xp.stack(taps, axis=1).reshape(left.shape[2], R, S, image.shape[3])
+        taps = columns(image, kernel, (P, Q), stride, group, engine.dtype)
+        sums = xp.empty((left.shape[2], len(taps), taps[0].shape[2]))
+        for i, some in enumerate(taps):
+            sums[:, i] = engine.gather(left, some)
+        return sums.reshape(len(sums), R, S, -1)
 
     def placed(codes):
         return place(codes, engine, canvas, (padding, padding))
@@ -198,17 +201,17 @@ def run(engine, function, count, size):
 
 
 def place(codes, engine, canvas, offset):
-    """Centred codes on a canvas of zeros, pixel (p, q) at offset + (p, q).
+    """Centred codes on a canvas of zeros, pixel (p, q) at offset + (p, q); scratch.
 
     (n, P, Q, C) → (n, *canvas, C). Pixels that fall outside are those that no tap reads.
     """
-    xp, (n, P, Q, C) = array_module(codes), codes.shape
-    image = empty((n, *canvas, C), engine.dtype, xp)
+    n, P, Q, C = codes.shape
+    codes = engine.load(codes)
+    image = scratch("canvas", (n, *canvas, C), codes.dtype, array_module(codes))
     image[...] = 0
     (p0, p1), (q0, q1) = (inside(length, edge, shift, 1)
                           for length, edge, shift in zip((P, Q), canvas, offset, strict=True))
-    image[:, offset[0] + p0:offset[0] + p1, offset[1] + q0:offset[1] + q1] = (
-        engine.load(codes[:, p0:p1, q0:q1]))
+    image[:, offset[0] + p0:offset[0] + p1, offset[1] + q0:offset[1] + q1] = codes[:, p0:p1, q0:q1]
     return image
 
 
@@ -219,19 +222,20 @@ def inside(length, edge, shift, spread):
     return first, max(first, last)
 
 
-def columns(image, kernel, out, stride, group):
+def columns(image, kernel, out, stride, group, dtype):
     """What the taps of rows r .. r + group − 1 of the filter read, for r = 0, group, 2 · group, …
 
-    image (n, …, C) → R / group times (n, P · Q, group · S · C), P × Q the output's size.
-    Rows of an image that several rows of the filter read are copied once.
+    image (n, …, C), C-ordered → R / group times (n, P · Q, group · S · C), P × Q the output's size,
+    in this dtype; scratch. Rows of an image that several rows of the filter read are copied once.
     """
     (R, S), (P, Q), (n, *_, C), xp = kernel, out, image.shape, array_module(image)
     by_image, by_row, by_pixel, item = image.strides
-    starts, copies = range(0, R, group), []
+    starts, copies, flat = range(0, R, group), [], image.reshape(-1)
     for r in starts[:stride]:                             # the taps of a pixel are one run in NHWC
         shape = (n, (R - group - r) // stride + P, Q, group, S * C)
-        view = xp.lib.stride_tricks.as_strided(image[:, r:], shape, (
+        view = xp.ndarray(shape, image.dtype, flat[r * by_row // item:].data, strides=(
             by_image, stride * by_row, stride * by_pixel, by_row, item))
-        copies.append(xp.ascontiguousarray(view))
+        copies.append(scratch(f"columns{r}", shape, dtype, xp))
+        copies[-1][...] = view
     return [copies[r % stride][:, r // stride:r // stride + P].reshape(n, P * Q, -1)
             for r in starts]

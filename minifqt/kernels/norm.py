@@ -6,7 +6,7 @@ runs in blocks that fit a cache, with the same float operations in the same orde
 """
 import numpy as np
 
-from minifqt.backend import Array, array_module, empty, map_blocks
+from minifqt.backend import Array, array_module, empty, map_blocks, scratch
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.seen import Lazy, Seen, Summary, blank, images, suits, summary
 
@@ -74,10 +74,11 @@ def sums(x):
     rows = _wide(x)
 
     def block(part):
-        d = rows[part].astype("float64")
-        return np.stack([v.sum(axis=0).reshape(-1, C).sum(axis=0) for v in (d, d * d)])
+        d = _doubled(rows[part])
+        s1 = _column_sums(d)
+        return s1, _column_sums(np.multiply(d, d, out=d))
 
-    return sum(map_blocks(block, len(rows), _rows(rows)))
+    return _by_channel(map_blocks(block, len(rows), _rows(rows)), C)
 
 
 def normalize(x: Array, mean: Array, inv_std: Array, weight: Array, bias: Array) -> Array:
@@ -104,10 +105,11 @@ def rectify(x: np.ndarray) -> tuple[Seen, np.ndarray]:
     """max(x, 0), which knows its ranges, and where x > 0.  (N, …) float32 on a CPU."""
     y, above, ranges = empty(x.shape), empty(x.shape, bool), np.empty((2, len(x), 1), np.float32)
     rows, out, mask = (v.reshape(len(x), -1) for v in (np.asarray(x), y, above))
+    zeros = np.zeros(rows.shape[1], np.float32)           # a row: NumPy is slow with a single 0
 
     def block(part):
         np.greater(rows[part], 0, out=mask[part])
-        v = np.maximum(rows[part], 0, out=out[part])
+        v = np.maximum(rows[part], zeros, out=out[part])
         ranges[:, part] = v.min(axis=1, keepdims=True), v.max(axis=1, keepdims=True)
 
     map_blocks(block, len(rows), max(1, _BLOCK // rows.shape[1]))
@@ -139,10 +141,10 @@ def backward(dy: Array, x: Array, mean: Array, inv_std: Array,
     def partial(part):
         hat = np.subtract(inputs[part], mean, out=hats[part])
         hat *= wide_inv
-        return np.stack([v.sum(axis=0, dtype="float64").reshape(-1, C).sum(axis=0)
-                         for v in (rows[part], rows[part] * hat)])
+        s1 = _column_sums(_doubled(rows[part]))
+        return s1, _column_sums(_doubled(np.multiply(rows[part], hat, out=out[part])))
 
-    dbias, dweight = sum(map_blocks(partial, len(rows), size))
+    dbias, dweight = _by_channel(map_blocks(partial, len(rows), size), C)
     mean_dy, mean_dy_hat, gain = (_tile(v.astype(dy.dtype), dy)
                                   for v in (dbias / count, dweight / count, weight * inv_std))
 
@@ -259,6 +261,22 @@ def _wide(x):
     """
     width = x.shape[-2] * x.shape[-1] if x.ndim == 4 else x.shape[-1]
     return np.asarray(x).reshape(-1, width)
+
+
+def _doubled(rows):
+    """The same in float64; scratch."""
+    d = scratch("doubled", rows.shape, "float64")
+    d[...] = rows
+    return d
+
+
+def _column_sums(d):
+    return np.ones(len(d)) @ d                            # BLAS is the fastest to sum
+
+
+def _by_channel(sums, C):
+    """Σ over blocks and pixels of so many sums of rows' columns.  Each (C,) float64."""
+    return [sum(some).reshape(-1, C).sum(axis=0) for some in zip(*sums, strict=True)]
 
 
 def _tile(v, x):

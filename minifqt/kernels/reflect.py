@@ -5,7 +5,7 @@ groups before smaller ones: a sum over groups is then a few sums of slices, whic
 """
 import numpy as np
 
-from minifqt.backend import empty, map_blocks
+from minifqt.backend import empty, map_blocks, scratch
 from minifqt.kernels.seen import Seen, Summary
 
 _COLUMNS = 2048                                           # mixed at a time
@@ -27,18 +27,20 @@ class Reflection:
                      for end, some in zip(ends, groups, strict=True)]
         self.root = 1 / np.sqrt(count[by_size, None])
         self.gain = 1 / np.where(self.root < 1, 1 - self.root, 1)
-        self.v = [(k == 0) - self.root[:len(some)] for k, some in enumerate(groups)]
 
     def __call__(self, y):
         first, *others = (y[run] for run in self.runs)
-        c = first.copy()
+        c, change = (scratch(use, first.shape, "float64") for use in ("c", "change"))
+        c[...] = first
         for some in others:
             c[:len(some)] += some
         c *= self.root
         np.subtract(first, c, out=c)
         c *= self.gain
-        for run, v in zip(self.runs, self.v, strict=True):
-            y[run] -= c[:len(v)] * v
+        first -= np.multiply(c, 1 - self.root, out=change)     # v of a leader
+        c *= self.root                                    # −v of the others
+        for some in others:
+            some += c[:len(some)]
 
 
 def apply(x, reflection, order, scales):
@@ -47,12 +49,13 @@ def apply(x, reflection, order, scales):
     x (N, …); mixed row i is row order[i] of x, scales (N,) of mixed rows
     """
     rows, flat = reflection.rows, np.asarray(x).reshape(len(x), -1)
-    source, scales, out = order[rows], scales[rows, None], empty(flat.shape, x.dtype)
+    source, scales, out, N = order[rows], scales[rows, None], empty(flat.shape, x.dtype), len(x)
 
     def block(columns):
-        y = flat[:, columns][source] * scales
+        y = scratch("mixed", (N, columns.stop - columns.start), "float64")
+        np.multiply(flat[:, columns][source], scales, out=y)
         reflection(y)
-        y, ranges = y.astype(x.dtype), np.empty((2, len(y), 1), x.dtype)
+        y, ranges = y.astype(x.dtype), np.empty((2, N, 1), x.dtype)
         out[rows, columns] = y
         ranges[:, rows] = y.min(axis=1, keepdims=True), y.max(axis=1, keepdims=True)
         return ranges
@@ -69,7 +72,8 @@ def undo(y, reflection, order, scales):
     target, scales, out = order[rows], scales[rows, None], empty(flat.shape, y.dtype)
 
     def block(columns):
-        x = flat[:, columns][rows].astype("float64")
+        x = scratch("mixed", (len(y), columns.stop - columns.start), "float64")
+        x[...] = flat[:, columns][rows]
         reflection(x)
         x *= scales
         out[target, columns] = x

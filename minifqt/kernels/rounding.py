@@ -9,7 +9,7 @@ from threading import local
 
 import numpy as np
 
-from minifqt.backend import Array, array_module, empty, map_blocks
+from minifqt.backend import Array, array_module, empty, map_blocks, scratch
 from minifqt.kernels import reference
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.reference import UNIT
@@ -169,7 +169,8 @@ def _in_fixed_point(limits):
 
 
 def _blockwise(x, stream, shape, source, shift, inv, code, lowest, highest, dtype):
-    anchored, signed, out, D = code.any(), lowest < 0, empty(x.shape, dtype), x.shape[1]
+    shifted, anchored, signed = shift.any(), code.any(), lowest < 0
+    out, D = empty(x.shape, dtype), x.shape[1]
     given = None if source else stream.bits(shape).reshape(x.shape)   # who knows in which way
 
     def noise(at):
@@ -180,8 +181,10 @@ def _blockwise(x, stream, shape, source, shift, inv, code, lowest, highest, dtyp
 
     def block(at):
         part, rows = x[at], at[0]
-        v = np.subtract(part, shift[rows, None], out=empty(part.shape))
-        v *= inv[rows, None]
+        v = scratch("fixed", part.shape)
+        if shifted:
+            part = np.subtract(part, shift[rows, None], out=v)
+        np.multiply(part, inv[rows, None], out=v)
         np.rint(v, out=v)
         if anchored:
             v += code[rows, None]
