@@ -12,7 +12,7 @@ import data
 import minifqt
 import models
 from data.loader import Loader
-from minifqt import backend, checkpoint, optim
+from minifqt import ahead, backend, checkpoint, optim
 from minifqt.kernels.cpu import choice
 from minifqt.recipes import recipe as recipe_of
 from minifqt.run import Run
@@ -91,6 +91,8 @@ def run(flags: argparse.Namespace) -> int:
                        channels=train_set.images.shape[-1])
     if flags.kernels != "plain":
         minifqt.fuse(net)
+        if net.streams.device is np and ahead.begin(recipe):
+            print("the first step compiles its kernels, this once: half a minute or less")
     train_loader = Loader(train_set, flags.batch_size, net.streams, train=True, **augment)
     test_loader = Loader(test_set, 256, net.streams, train=False)
     optimizer = minifqt.SGD(flags.momentum, flags.weight_decay)

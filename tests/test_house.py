@@ -16,7 +16,8 @@ SOURCES = sorted([*ROOT.glob("minifqt/**/*.py"), *ROOT.glob("models/*.py"), *ROO
 # a module may import what stands to its left
 ORDER = ["minifqt.backend", "minifqt.rng", "minifqt.qtensor", "minifqt.kernels",
          "minifqt.quantizers", "minifqt.recipes", "minifqt.layers", "minifqt.fusion",
-         "minifqt.losses", "minifqt.optim", "minifqt.checkpoint", "minifqt.training", "minifqt.run"]
+         "minifqt.ahead", "minifqt.losses", "minifqt.optim", "minifqt.checkpoint",
+         "minifqt.training", "minifqt.run"]
 PATH = ["train.py", "minifqt/training.py", "models/resnet_cifar.py", "minifqt/layers/quantized.py",
         "minifqt/quantizers/psq.py", "minifqt/kernels/reference.py", "minifqt/optim.py"]
 
