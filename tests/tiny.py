@@ -1,11 +1,14 @@
-"""Tiny runs on the first digits, shared by the tests of training and of runs."""
+"""Tiny runs on the first digits, batches and networks, shared by tests."""
 from dataclasses import replace
+
+import numpy as np
 
 import data
 import minifqt
 import models
 from data.loader import Loader
 from minifqt import optim
+from minifqt.layers import BatchNorm2d, Conv2d, ReLU, Sequential, build
 from minifqt.run import Run
 
 LOAD = data.load
@@ -28,3 +31,14 @@ def job(folder, recipe="bhq5", batch_size=32, save_minutes=10.0):
 
 def train_all(run, loaders, epochs=3, say=lambda line: None):
     return run.train(*loaders, optim.cosine(0.1, 3), epochs, say=say)
+
+
+def batch(shape, classes=10):
+    rng = np.random.default_rng(0)
+    return rng.standard_normal(shape, dtype="float32"), np.arange(shape[0]) % classes
+
+
+def normed_conv(channels, recipe="bhq5"):
+    """Batch norm, ReLU and a convolution, fused."""
+    return minifqt.fuse(build(Sequential(
+        BatchNorm2d(8), ReLU(), Conv2d(8, channels, 3, padding=1)), recipe))
