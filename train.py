@@ -33,7 +33,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names a default only where there is one."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        named = action.default not in (None, False)       # 0 is a default as well
+        return super()._get_help_string(action) if named else action.help
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,14 +93,16 @@ def run(flags: argparse.Namespace) -> int:
     if flags.kernels != "plain":
         minifqt.fuse(net)
         if net.streams.device is np and ahead.begin(recipe):
-            print("the first step compiles its kernels, this once: half a minute or less")
+            print("the first step compiles its kernels, this once: less than a minute as a rule")
     train_loader = Loader(train_set, flags.batch_size, net.streams, train=True, **augment)
     test_loader = Loader(test_set, 256, net.streams, train=False)
     optimizer = minifqt.SGD(flags.momentum, flags.weight_decay)
     job = Run(flags.out, net, optimizer, config_of(flags, recipe))
     if flags.resume:
         job.resume()
-        print(f"resuming {flags.out} at epoch {job.progress.epoch + 1}, step {job.progress.step}")
+        done = job.progress.epoch >= flags.epochs
+        print(f"{flags.out} has finished its {flags.epochs} epochs" if done else
+              f"resuming {flags.out} at epoch {job.progress.epoch + 1}, step {job.progress.step}")
     else:
         job.start()
         print(f"{flags.model} on {flags.dataset}, {flags.recipe}: {recipe}\n{flags.epochs} epochs "

@@ -63,10 +63,11 @@ def to_cpu(x: Array) -> np.ndarray:
 
 
 def set_threads(count: int) -> None:
-    """Worker threads for the CPU's blocks; changes speed, never a number.  ValueError below 1."""
+    """Worker threads for the CPU's blocks, 1 to 256; changes speed, never a number.  ValueError."""
     global _pool, _threads
-    if count < 1:
-        raise ValueError(f"{count} threads: at least 1 is needed.")
+    if not 1 <= count <= 256:
+        raise ValueError(f"{count} threads: expected 1 to 256; more than the machine's cores, here "
+                         f"{os.cpu_count()}, are of no use.")
     if _pool is not None:
         _pool.shutdown()
     _pool, _threads = None, count
@@ -146,7 +147,7 @@ def empty(shape: tuple, dtype="float32", xp=np) -> Array:
 
 
 def scratch(use: str, shape: tuple, dtype="float32", xp=np) -> Array:
-    """An array of arbitrary contents in memory of this thread alone, until the next of this use."""
+    """An array of arbitrary contents, valid until this thread next asks for the same use."""
     if xp is not np:
         return xp.empty(shape, dtype)
     size = math.prod(shape) * np.dtype(dtype).itemsize

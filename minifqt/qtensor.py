@@ -1,4 +1,4 @@
-"""The integer tensor: codes, scale, zero, and the two laws that decide which product it may enter.
+"""The integer tensor: codes, scale, zero, and laws 2 and 3: which product it may enter.
 
 It has no arithmetic of its own beyond turning codes back into numbers. Next: kernels/reference.py.
 """
@@ -12,7 +12,10 @@ from minifqt.backend import Array, array_module
 
 
 class Mix(Protocol):
-    """A linear transform T of rows; codes describe T·x.  All methods take and return (N, …)."""
+    """A linear transform T of rows; codes describe T·x.  All methods take and return (N, …).
+
+    One that reflects groups of rows may have a `plan`, as BHQ's has: kernels then unmix as they go.
+    """
 
     def apply(self, x: Array) -> Array:
         """T·x."""

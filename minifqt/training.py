@@ -88,7 +88,10 @@ def checked_step(net, optimizer, x, labels, lr, progress, label_smoothing):
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")   # a quantizer raises it
 def evaluate(net, loader, label_smoothing=0.0):
-    """Mean loss and accuracy per image over a loader's batches, in evaluation mode."""
+    """Mean loss and accuracy per image over loader.epoch(0), in evaluation mode.
+
+    loader  whatever yields (x, labels) there, as data.loader.Loader does
+    """
     device, total, correct, images = net.streams.device, 0.0, 0, 0
     net.eval()
     try:

@@ -2,6 +2,8 @@
 
 What lazy arrays promise is in test_seen.py, what the compiled kernels compute in test_cpu.py.
 """
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from device import Device, DeviceArray, gemm
@@ -109,6 +111,34 @@ def test_the_instructions_change_no_bit_of_a_fused_step(name, recipe, set_instru
         net = minifqt.fuse(models.build("resnet8", 10, recipe, seed=1))
         results.append(trained(net, x, labels, 2))
     assert_same(*results)
+
+
+class Swap:
+    """Rows in reverse order: a transform of one's own, without a plan for the kernels."""
+
+    def apply(self, x):
+        return x[::-1]
+
+    undo = undo_squared = apply
+
+
+@pytest.fixture
+def swapped():
+    """psq of rows in reverse order."""
+    kind = type(quantizers.create("psq", bits=4))
+
+    def call(self, x, stream):
+        return replace(kind.__call__(self, np.ascontiguousarray(x[::-1]), stream), mix=Swap())
+
+    quantizers.register("swapped")(type("Swapped", (kind,), {"__call__": call}))
+    yield
+    del quantizers.base._REGISTRY["swapped"]
+
+
+def test_rows_mixed_in_ones_own_way_are_unmixed_in_a_fused_network(swapped):  # noqa: ARG001 - it registers
+    x, labels = batch((6, 8, 8, 3))
+    assert_same(*(trained(make(models.build("resnet8", 10, "swapped6", 0)), x, labels)
+                  for make in (minifqt.fuse, lambda net: net)))
 
 
 def test_unfuse_restores_the_classes_and_fusing_changes_no_name():

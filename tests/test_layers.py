@@ -142,6 +142,32 @@ def test_layers_work_alone(name):
         assert list(layer.params())[0] == "weight"
 
 
+@pytest.mark.parametrize("kind", [list, tuple, lambda some: dict(enumerate(some))])
+def test_layers_in_a_list_raise_instead_of_staying_untrained(kind):
+    class Branches(Layer):
+        def __init__(self):
+            self.first, self.branches = ReLU(), kind([Conv2d(2, 2, 1), ReLU()])
+
+    with pytest.raises(ValueError, match=r"Branches.branches holds layers in a \w+.*Sequential"):
+        layers.build(Branches(), "bhq5")
+
+
+def test_a_sequence_that_was_not_built_raises():
+    with pytest.raises(RuntimeError, match=r"Sequential: not built. Call minifqt.layers.build"):
+        Sequential(ReLU()).forward(images(2, 3, 3, 1))
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Conv2d(0, 4, 3), "Conv2d 0 → 4"),
+    (lambda: Conv2d(1, 4, 0), r"kernel \(0, 0\)"),
+    (lambda: Conv2d(1, 4, 3, stride=0), "stride 0"),
+    (lambda: Conv2d(1, 4, 3, padding=-1), "padding -1: expected at least 1, padding 0"),
+    (lambda: Linear(3, 0), "Linear 3 → 0: expected at least 1 of each")])
+def test_a_layer_of_impossible_size_raises(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_a_layer_that_defines_nothing_raises():
     with pytest.raises(TypeError, match="Layer defines no forward"):
         Layer().forward(images(1))

@@ -231,7 +231,7 @@ def test_blocks_come_back_in_order_and_cover_everything(on_threads):
 
 
 def test_less_than_one_thread_raises():
-    with pytest.raises(ValueError, match="0 threads: at least 1 is needed"):
+    with pytest.raises(ValueError, match="0 threads: expected 1 to 256"):
         backend.set_threads(0)
 
 

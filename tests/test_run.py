@@ -360,6 +360,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(capsys):
     (["--momentum", "1"], "momentum 1.0"),
     (["--label-smoothing", "1"], "smoothing in"),
     (["--threads", "0"], "--threads 0: expected at least 1"),
+    (["--threads", "100000"], "100000 threads: expected 1 to 256"),
     (["--seed", "-1"], "--seed -1: expected at least 0"),
     (["--resume", "nowhere"], "there is no such checkpoint"),
     (["--lr", "1e30", "--epochs", "1"], "last.safetensors is the last good checkpoint"),

@@ -309,6 +309,18 @@ def test_a_lazy_array_may_be_indexed():
 
 
 @needs_numba
+def test_a_lazy_array_may_be_written_to_as_gradient_clipping_does():
+    for lazy in lazy_arrays():
+        before = np.array(lazy)
+        np.clip(lazy, -0.1, 0.1, out=lazy)
+        assert (np.asarray(lazy) == before.clip(-0.1, 0.1)).all()
+        lazy[0] = 3
+        lazy *= 0.5
+        assert (np.asarray(lazy)[0] == 1.5).all()
+        assert (np.asarray(lazy)[1:] == 0.5 * before.clip(-0.1, 0.1)[1:]).all()
+
+
+@needs_numba
 def test_a_name_that_an_array_lacks_is_an_error_of_a_lazy_array():
     for lazy in lazy_arrays():
         with pytest.raises(AttributeError, match="no_such_name"):

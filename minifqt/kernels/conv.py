@@ -58,7 +58,8 @@ def dgrad(g: QTensor, w: QTensor, size: tuple, stride: int, padding: int, lazily
     out = output_size(size, w.shape[1:3], stride, padding, g.name)
     require_shape("dgrad", g, (g.shape[0], *out, w.shape[0]))
     sums, (g, w) = sums_of(g, w), alike(g, w)
-    if lazily and sums is products and products.fits(w):
+    compiled = g.mix is None or hasattr(type(g.mix), "plan")   # else g.mix alone unmixes them
+    if lazily and compiled and sums is products and products.fits(w):
         return Product(products.dgrad(g, w, size, stride, padding))
     dx = sums.conv_dgrad(g, w, size, stride, padding)
     return dx if g.mix is None else g.mix.undo(dx)

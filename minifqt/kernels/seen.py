@@ -105,9 +105,15 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
     def __array__(self, dtype=None, copy=None):
         return np.array(self.array(), dtype, copy=copy)
 
-    def __array_ufunc__(self, ufunc, method, *inputs, **options):
-        formed = (v.array() if isinstance(v, Lazy) else v for v in inputs)
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
+        formed, to = ([v.array() if isinstance(v, Lazy) else v for v in some]
+                      for some in (inputs, out))
+        if to:                                            # as p.grad *= 0.5 asks for
+            options["out"] = tuple(to)
         return getattr(ufunc, method)(*formed, **options)
+
+    def __setitem__(self, index, value):
+        self.array()[index] = value
 
     def __getattr__(self, name):                          # max, mean, transpose, …
         if name.startswith("_"):

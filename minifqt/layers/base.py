@@ -184,7 +184,7 @@ class Quantized(Layer):
 
 
 class Sequential(Layer):
-    """Layers one after another, named 0, 1, 2, …; `layers.build` it before use."""
+    """Layers one after another, named 0, 1, 2, …; `layers.build` it, or RuntimeError."""
 
     def __init__(self, *layers: Layer):
         self.layers = layers
@@ -193,6 +193,7 @@ class Sequential(Layer):
         return ((str(i), layer) for i, layer in enumerate(self.layers))
 
     def forward(self, x):
+        self.streams                                      # noqa: B018 - raises where not built
         for layer in self.layers:
             x = layer.forward(x)
         return x
@@ -207,10 +208,10 @@ def build(net: Layer, recipe: Recipe | str, seed: int = 0, device: str = "cpu",
           dtype: str = "float32") -> Layer:
     """Name every layer, give it its parameters, its streams and its four quantizers; the net.
 
-    recipe  a Recipe or the name of a preset
+    recipe  a Recipe or the name of a preset; it takes the place of one that a layer was made with
     device  auto, cpu or cuda
     dtype   of parameters and activations; float64 only with identity in all four places
-    Raises ValueError for an unknown recipe, device or dtype.
+    Raises ValueError for an unknown recipe, device or dtype, and for layers that are in a list.
     """
     recipe, xp = recipe_of(recipe), device_module(device)
     streams = Streams(seed, xp)
@@ -220,6 +221,7 @@ def build(net: Layer, recipe: Recipe | str, seed: int = 0, device: str = "cpu",
         raise ValueError(f"dtype {dtype} with {recipe}: expected float32, or float64 with the "
                          "recipe fp32.")
     for name, layer in net.walk():
+        _require_found(layer)
         layer._streams, layer.name = streams, name or type(layer).__name__.lower()
         layer.initialize(xp, dtype)
         if isinstance(layer, Quantized):
@@ -230,6 +232,17 @@ def build(net: Layer, recipe: Recipe | str, seed: int = 0, device: str = "cpu",
                 Bound(specs["grad_w"], "stochastic", streams, names["grad_w"]),
                 Bound(specs["grad_x"], "stochastic", streams, names["grad_x"]))
     return net.train()
+
+
+def _require_found(layer):
+    """ValueError for layers in a list or dict, where `children` does not look for them."""
+    for name, value in vars(layer).items():
+        inside = value.values() if isinstance(value, dict) else value
+        if (type(layer).children is Layer.children and isinstance(value, list | tuple | dict)
+                and any(isinstance(v, Layer) for v in inside)):
+            raise ValueError(f"{type(layer).__name__}.{name} holds layers in a "
+                             f"{type(value).__name__}, where they would not be trained: use "
+                             "Sequential(*layers), or an attribute for each.")
 
 
 def he_normal(layer: Layer, shape: tuple, fan_in: int, xp, dtype: str) -> Param:

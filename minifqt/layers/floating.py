@@ -11,8 +11,8 @@ class BatchNorm2d(Layer):
     """y = weight · (x − mean) / √(var + 1e-5) + bias for each channel.
 
     x (N, H, W, C) or (N, C); weight, bias, running_mean, running_var (C,)
-    Training uses the batch's mean and biased variance (two passes) and moves the running ones by
-    0.1, the variance unbiased; evaluation uses the running ones. torch.nn.BatchNorm2d.
+    Training uses the batch's mean and biased variance (one pass, in float64) and moves the running
+    ones by 0.1, the variance unbiased; evaluation uses the running ones. torch.nn.BatchNorm2d.
     Raises ValueError where a channel has a single number in training.
     """
 

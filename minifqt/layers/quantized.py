@@ -17,7 +17,7 @@ class Conv2d(Quantized):
     x (N, H, W, C), weight (K, R, S, C), y (N, P, Q, K); (N, H, W, C) everywhere
     kernel_size  R = S, or (R, S); stride and padding are the same in both directions
     bias         added in float32; its gradient is the sum of the unquantized dy
-    Raises ValueError for an input with other channels, or smaller than the kernel.
+    Raises ValueError for sizes below 1, an input with other channels or smaller than the kernel.
     Source: arXiv 2010.14298, the framework of fully quantized training and its two gradients.
     """
 
@@ -26,6 +26,9 @@ class Conv2d(Quantized):
                  recipe: Recipe | str = "fp32"):
         square = isinstance(kernel_size, Integral)
         self.kernel_size = (kernel_size, kernel_size) if square else tuple(kernel_size)
+        if min(in_channels, out_channels, stride, *self.kernel_size, padding + 1) < 1:
+            raise ValueError(f"Conv2d {in_channels} → {out_channels}, kernel {self.kernel_size}, "
+                             f"stride {stride}, padding {padding}: expected at least 1, padding 0.")
         self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, bias
         self.stride, self.padding = stride, padding
         build(self, recipe)
@@ -64,12 +67,14 @@ class Linear(Quantized):
 
     x (N, I), weight (O, I), y (N, O)
     bias  added in float32; its gradient is the sum of the unquantized dy
-    Raises ValueError for an input with other features.
+    Raises ValueError for sizes below 1, and for an input with other features.
     Source: arXiv 2010.14298, the framework of fully quantized training and its two gradients.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True,
                  recipe: Recipe | str = "fp32"):
+        if min(in_features, out_features) < 1:
+            raise ValueError(f"Linear {in_features} → {out_features}: expected at least 1 of each.")
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
         build(self, recipe)
 
