@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from minifqt.backend import Array, array_module, map_blocks, to_cpu
+from minifqt.backend import Array, array_module, device_module, map_blocks, to_cpu
 
 HALF = 32768                                              # as noise everywhere it rounds to nearest
 _CHUNK = 1 << 14                                          # Philox blocks (of 16 values) in one task
@@ -58,6 +58,12 @@ class Streams:
         self.seed, self.step, self.device = seed, 0, device
         self.warned = False                               # fallback to batch ranges: announced once
         self._pending = {}                                # name → "was not finite", on the device
+
+    def __getstate__(self):                               # a module can not be copied or pickled
+        return {**vars(self), "device": self.device is np}
+
+    def __setstate__(self, state):
+        vars(self).update(state, device=device_module("cpu" if state["device"] else "cuda"))
 
     def stream(self, name: str) -> "Stream":
         """The stream of this name; two names are two independent noises."""

@@ -113,6 +113,17 @@ def test_the_instructions_change_no_bit_of_a_fused_step(name, recipe, set_instru
     assert_same(*results)
 
 
+@pytest.mark.parametrize("gain", [1e37, 1e-37])
+def test_a_batch_norm_of_an_unusual_range_is_the_plain_one(gain):
+    x, _ = batch((4, 5, 5, 8))
+    found = []
+    for fused in (False, True):
+        net = build(Sequential(BatchNorm2d(8), Conv2d(8, 8, 1)), "ptq8")
+        net.layers[0].weight.data[:] = gain
+        found.append(np.asarray((minifqt.fuse(net) if fused else net).forward(x)))
+    assert np.array_equal(*found)
+
+
 class Swap:
     """Rows in reverse order: a transform of one's own, without a plan for the kernels."""
 

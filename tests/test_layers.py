@@ -1,6 +1,8 @@
 """Layers as a user meets them: names, state, quantizers in their places, ranges, errors."""
 import logging
+import pickle
 import re
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -221,6 +223,20 @@ def test_weight_decay_acts_on_weights_and_neither_on_biases_nor_on_batch_norm():
 
 
 # ---- state ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_of_a_network_is_a_network_of_its_own(copy):
+    net, x = models.build("resnet8", channels=1, seed=3), images(4, 8, 8, 1)
+    step(net, x)
+    other = copy(net)
+    assert other.streams.device is np
+    for one in (net, other):
+        one.streams.step = 1
+    expected = step(net, x)
+    assert np.array_equal(step(other, x), expected)
+    other.conv1.weight.data[...] = 0
+    assert net.conv1.weight.data.any()
 
 
 def test_a_state_makes_the_round_trip():

@@ -202,6 +202,35 @@ def test_arithmetic_in_place_forgets_the_summary(write):
         assert_summary_is_right(y)
 
 
+WRITES = {
+    "a view": lambda y: y.reshape(len(y), -1).__setitem__(..., 9),
+    "a part's part": lambda y: y[0].__setitem__(slice(None), 9),
+    "fill": lambda y: y.fill(9), "sort": lambda y: y.sort(axis=0), "put": lambda y: y.put([0], 9),
+    "copyto": lambda y: np.copyto(y, 9), "putmask": lambda y: np.putmask(y, y > 0, 9),
+    "np.put": lambda y: np.put(y, [0], 9), "at": lambda y: np.add.at(y, (0, 0), 9),
+    "out": lambda y: np.clip(y, 0, 0.1, out=y), "a mean's out": lambda y: y.mean(0, out=y[0])}
+
+
+@needs_numba
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_is_written_to_forgets_its_summary(write):
+    x, _ = batch((4, 3, 3, 8))
+    y = seen.add(x, x)
+    assert_summary_is_right(y)
+    write(y)
+    assert y.summary is None
+
+
+@needs_numba
+def test_a_gradient_clipped_in_place_through_a_view_has_its_new_range():
+    x, _ = batch((4, 3, 3, 8))
+    q, stream = quantizers.create("psq", bits=4), Streams(0).stream("here")
+    y = seen.add(x, x)
+    y.reshape(len(y), -1)[...] *= np.float32(1e-3)
+    told, found = q(y, stream), q(np.array(y), stream)
+    assert_same_bits((told.codes, told.scale), (found.codes, found.scale))
+
+
 # ---- arrays that are not computed yet ------------------------------------------------------------
 
 

@@ -227,6 +227,19 @@ def test_the_limit_keeps_false_alarms_at_one_study_in_a_thousand():
     assert alarms <= 13                                   # 4 expected; P(14 or more) < 1e-4
 
 
+def test_the_draws_that_are_asked_for_find_the_bias_99_times_in_100():
+    def study(rng, draws, bias):
+        along = rng.standard_normal((draws, 5))
+        along[:, 2] += bias
+        return theorems.unbiased(terms.Terms(list("abcde"), np.zeros((draws, 5, 5)), along, ["w"],
+                                             rng.standard_normal((draws, 1))), bias=0.3)
+
+    rng = np.random.default_rng(0)
+    needed = study(rng, 4000, 0).sites[2].needed          # of noise of one step
+    found = sum("c" in [test.name for test in study(rng, needed, 0.3).alarms] for _ in range(1000))
+    assert 978 <= found < 1000                            # 990 ± 3.1
+
+
 def test_noise_that_two_layers_share_is_found(echoing):  # noqa: ARG001 - it registers
     """Each site alone is unbiased, so that Theorem 1 holds; together they are not independent."""
     with Probe(network("psq4"), *batch()) as p:

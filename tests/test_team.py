@@ -1,4 +1,6 @@
 """The threads of a compiled kernel: every task once, whoever shares, begins, fails or gives up."""
+import os
+import signal
 import threading
 import time
 
@@ -177,3 +179,39 @@ def test_arguments_must_fit_their_room():
 
     with pytest.raises(Exception, match="more arguments than a room holds"):
         crowded(np.zeros(board.WORDS, np.int64), (0.0,) * (board.ROOM // 8 + 1))
+
+
+def test_no_more_threads_come_than_there_were_when_it_began(set_threads, monkeypatch):
+    monkeypatch.setattr(team, "_free", [])                # so that it is shared at the end
+    set_threads(2)
+    work = operands(2000, 6, 1000)
+    end = team.begin(count, *work)
+    set_threads(6)
+    end()
+    by_thread = work[4]
+    assert by_thread.sum() == 2000
+    assert by_thread[2:].sum() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")   # Python warns of forks beside threads
+def test_a_fork_while_something_is_begun_goes_on_in_both(set_threads):
+    set_threads(3)
+    for _ in range(5):
+        work = operands(3000, 3, 3000)
+        end = team.begin(count, *work)
+        child = os.fork()
+        if child == 0:
+            end()
+            other = operands(50, 3)
+            team.share(count, *other)
+            os._exit(0 if work[4].sum() == 3000 and other[4].sum() == 50 else 1)
+        end()
+        assert work[4].sum() == 3000
+        deadline = time.monotonic() + 20
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if ended[0] == 0:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)

@@ -96,7 +96,7 @@ def parts_of(x: Array, rows: int, matrix: Array) -> Array:
     matrix  (rows, D), the numbers of x
     """
     if isinstance(x, Seen) and x.summary is None and not suits(x):
-        x.summary = Summary(row_parts(x.reshape(len(x), -1)), None)   # for all who ask
+        x.summary = Summary(row_parts(np.asarray(x).reshape(len(x), -1)), None)   # for all who ask
     known = getattr(x, "summary", None)
     if known is None or rows not in (1, known.ranges.shape[1]):
         return row_parts(matrix)

@@ -5,6 +5,7 @@ computed before somebody reads it, and who reads it may compute it on the way: r
 something, or gated. Everybody else sees arrays. Next: norm.py.
 """
 import math
+from functools import wraps
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +26,22 @@ class Summary(NamedTuple):
 
 
 class Seen(np.ndarray):
-    """A float32 array of a compiled kernel, with its summary if that was found on the way."""
+    """A float32 array of a compiled kernel, with its summary if that was found on the way.
+
+    What may be written to has no summary any more: also what a view was taken of (np.asarray is
+    for those who only read).
+    """
 
     summary: Summary | None = None
+
+    def __array_finalize__(self, source):
+        if isinstance(source, Seen):                      # this is a view of it, perhaps
+            source.summary = None
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
         if any(isinstance(v, Lazy) for v in inputs):
             return NotImplemented
-        for array in out:
+        for array in (*out, *(inputs[:1] if method == "at" else ())):
             if isinstance(array, Seen):
                 array.summary = None                      # it is written to
         plain = [v.view(np.ndarray) if isinstance(v, Seen) else v for v in (*inputs, *out)]
@@ -41,14 +50,33 @@ class Seen(np.ndarray):
         result = getattr(ufunc, method)(*plain[:len(inputs)], **options)
         return out[0] if len(out) == 1 else result
 
-    def __setitem__(self, index, value):
-        self.summary = None
-        super().__setitem__(index, value)
+    def __array_function__(self, function, types, arguments, options):
+        for array in arguments:                           # np.copyto(x, …) and its like
+            if isinstance(array, Seen) and function in _WRITERS:
+                array.summary = None
+        return super().__array_function__(function, types, arguments, options)
 
     def __add__(self, other):
         return NotImplemented if isinstance(other, Lazy) else add(self, other)
 
     __radd__ = __add__
+
+
+def _forgetting(name):
+    """The array's own method, of one that forgets its summary before it is written to."""
+    method = getattr(np.ndarray, name)
+
+    def forget(self, *arguments, **options):
+        self.summary = None
+        return method(self, *arguments, **options)
+
+    return wraps(method)(forget)
+
+
+for _name in ("__setitem__", "fill", "sort", "partition", "put", "byteswap", "setfield"):
+    setattr(Seen, _name, _forgetting(_name))
+_WRITERS = {np.copyto, np.putmask, np.put, np.place, np.put_along_axis, np.fill_diagonal,
+            np.nan_to_num}
 
 
 class Lazy(np.lib.mixins.NDArrayOperatorsMixin):

@@ -8,7 +8,7 @@ from minifqt.kernels import reference, rounding
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.norm import Normalized
 from minifqt.kernels.reference import UNIT
-from minifqt.kernels.seen import suits
+from minifqt.kernels.seen import Seen, suits
 from minifqt.rng import Stream, Streams
 
 if choice.numba is not None:
@@ -25,7 +25,7 @@ def as_rows(x: Array, rows: int) -> Array:
             f"an array of shape {x.shape} is empty: a quantizer needs at least one number.")
     if isinstance(x, Normalized) and rows == 1:           # rounded from what it is made of
         return x
-    row = x.reshape(rows, -1)
+    row = (np.asarray(x) if isinstance(x, Seen) else x).reshape(rows, -1)
     if row.dtype == np.float32:
         return row
     with np.errstate(over="ignore"):                      # float64 beyond float32: not finite
@@ -111,6 +111,7 @@ def grid(x: Array, low: Array, high: Array, bins: int, exponent: Array | int = 0
     found = _compiled(x, ranges, bins, _NO_EXPONENT if isinstance(exponent, int) else exponent)
     if found:
         return found
+    x = x.array().reshape(1, -1) if isinstance(x, Normalized) else x   # rarely: an unusual range
     x, low, high, e = rescaled(x, low, high)
     scale, inv = reference.grid(low, high, bins)
     e = e + exponent

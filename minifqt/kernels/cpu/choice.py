@@ -16,6 +16,7 @@ from hashlib import sha256
 from inspect import ismodule
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
@@ -25,6 +26,7 @@ try:
 except ImportError as error:
     numba, _missing = None, str(error)
 
+_PROCESS = uuid4().hex[:8]
 WORD = 4                                                  # bytes of contraction in one broadcast
 
 
@@ -114,11 +116,14 @@ def describe() -> str:
 def compiled(function, **options):
     """numba.njit without the GIL, machine code kept on disk until what it is made of changes.
 
-    numba alone looks at the function's own file, and would keep code that calls an older tile.
+    numba alone looks at the function's own file, and would keep code that calls an older tile. Two
+    processes that compile at once write to files of their own: numba gives both the same name.
     """
     dispatcher = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
     with suppress(AttributeError):                        # a numba that keeps it elsewhere
-        dispatcher._cache._cache_file._source_stamp = source_stamp(function.__module__)
+        file = dispatcher._cache._cache_file
+        file._source_stamp = source_stamp(function.__module__)
+        file._data_name_pattern = f"{file._index_name}.{_PROCESS}.{{number:d}}.nbc"
     return dispatcher
 
 

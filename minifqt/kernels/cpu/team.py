@@ -6,6 +6,9 @@ open: a thread that is at it goes to help with what is shared, and comes back. S
 Python, between kernels, costs less. Which thread does a task changes no number.
 Next: codes.py, sums.py.
 """
+import atexit
+import os
+from contextlib import suppress
 from threading import Event, Lock, Thread
 
 import numpy as np
@@ -37,7 +40,10 @@ _asleep: list[Event] = []
 
 def share(kernel, *arguments) -> None:
     """kernel(counter, *arguments) on every thread; each takes its tasks from the counter."""
-    count = threads()
+    _share(threads(), kernel, arguments)
+
+
+def _share(count, kernel, arguments):
     if count == 1 or not _turn.acquire(blocking=False):   # another thread of Python is sharing
         return alone(kernel, *arguments)
     counter = _counters[0]
@@ -74,7 +80,8 @@ class Begun:
     """A kernel that others are at; it holds its arguments."""
 
     def __init__(self, kernel, arguments):
-        self._kernel, self._arguments, self._place, count = kernel, arguments, None, threads()
+        self._kernel, self._arguments, self._place = kernel, arguments, None
+        self._count = count = threads()                   # there is scratch for so many
         if count > 1 and _free:
             self._place = _free.pop()
             counter = _counters[self._place]
@@ -85,7 +92,7 @@ class Begun:
     def __call__(self):
         """Ends it: this thread helps."""
         if self._place is None:
-            share(self._kernel, *self._arguments)
+            _share(min(self._count, threads()), self._kernel, self._arguments)
         else:
             self._kernel(_counters[self._place], *self._arguments)
             self._leave()
@@ -104,11 +111,31 @@ class Begun:
 def _call(helpers):
     """So many threads look at the board, or will soon."""
     while len(_members) < helpers:
-        _members.append(Thread(target=_work, args=(len(_members),), name="minifqt.team",
-                               daemon=True))
-        _members[-1].start()
-    while _asleep:
-        _asleep.pop().set()
+        member = Thread(target=_work, args=(len(_members),), name="minifqt.team", daemon=True)
+        _members.append(member)
+        member.start()
+    with suppress(IndexError):                            # another thread of Python took the last
+        while _asleep:
+            _asleep.pop().set()
+
+
+def _calm():
+    """No helper is inside a kernel, nor will be in one that is posted now: who began it ends it."""
+    for counter in _counters if _members else ():
+        dismiss(counter)
+
+
+def _alone_again():
+    """In the child of a fork, which has no helpers."""
+    global _turn
+    _members.clear()
+    _asleep.clear()
+    _turn = Lock()
+
+
+atexit.register(_calm)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_calm, after_in_child=_alone_again)
 
 
 def _work(me):
