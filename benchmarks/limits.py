@@ -1,7 +1,8 @@
 """What this CPU allows a second, by the project's own inner loops and plain passes.
 
 Integer products, float32 products, memory, random numbers, float64: all on all threads, the best of
-some runs. `allowed` turns the work of a kernel (work.py) into time. Next: roofline_cpu.py.
+some runs. `allowed` turns the work of a kernel (work.py) into time. Not a script: roofline_cpu.py,
+the next to read, uses it.
 """
 import time
 

@@ -1,4 +1,4 @@
-"""What accuracy.py found: the table of its results, and the curves of its runs."""
+"""What accuracy.py found: the table of its results, and the curves of its runs. Not a script."""
 import re
 import statistics
 
