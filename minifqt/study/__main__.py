@@ -207,7 +207,10 @@ def study_variance(flags):
     """Variance against bits at the start, in the middle and at the end of learning, or of a run."""
     setting, points, lines = Setting(flags), [], []
     halves = [0] if flags.run else [0, flags.epochs // 2, flags.epochs - flags.epochs // 2]
-    draws = range(flags.draws or 8)
+    draws, names = range(flags.draws or 8), flags.quantizers.split(",")
+    with setting.probe(flags.seed) as probe:
+        passes = len(halves) * (len(draws) * (7 * len(names) + 1) + 2 * BATCHES)
+        print(f"{passes} backward passes: about {passes * seconds(probe):.0f} s, and the learning")
     for epochs in halves:
         setting.learn(epochs)
         sampled, _ = variance.sampling(setting.net, tqdm(
@@ -216,7 +219,7 @@ def study_variance(flags):
             grad_w, _ = variance.quantization(probe, "ptq8", draws, "grad_w")
             found = {name: {b: variance.quantization(probe, f"{name}{b}", draws)
                             for b in tqdm(range(2, 9), name, leave=False, disable=None)}
-                     for name in flags.quantizers.split(",")}
+                     for name in names}
         where = f"epoch {setting.progress.epoch}"
         slopes = {name: variance.slopes({b: v for b, (v, _) in by_bits.items()})
                   for name, by_bits in found.items()}

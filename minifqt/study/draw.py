@@ -76,12 +76,15 @@ def _bounds(figure, result):
 
 
 def _bins(figure, result):
-    axes = figure.subplots(2, len(result["rows"]), squeeze=False)
+    axes = figure.subplots(2, len(result["rows"]), squeeze=False, sharey="row")
     for (above, below), row in zip(axes.T, result["rows"], strict=True):
         colour = COLOURS.get(row["quantizer"])
         above.bar(range(len(row["occupied"])), row["occupied"], color=colour, width=0.9)
         above.set(yscale="log", xlabel="code",
                   title=f"{row['quantizer']}{row['bits']}: {row['entropy']:.2f} bits used")
+        if len(row["ranges"]) == 1:                       # of the whole tensor
+            below.axhline(row["ranges"][0], color=colour)
+            below.set_xticks([])
         below.plot(sorted(row["ranges"], reverse=True), "o", color=colour, markersize=3)
         below.set(yscale="log", xlabel="row, the largest first")
     axes[0, 0].set_ylabel("elements")
