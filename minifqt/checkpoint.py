@@ -26,8 +26,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """(arrays, meta).  FileNotFoundError; ValueError where the file is truncated or altered."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint. --resume takes the folder "
-                                "of a run, as in runs/NAME.")
+        raise FileNotFoundError(f"{path}: there is no such checkpoint. Give the folder of a run, "
+                                "as in runs/NAME.")
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}

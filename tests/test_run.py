@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="truncated or no checkpoint"):
         checkpoint.load(path)
-    with pytest.raises(FileNotFoundError, match="--resume takes the folder"):
+    with pytest.raises(FileNotFoundError, match="Give the folder of a run"):
         checkpoint.load(tmp_path / "nothing.safetensors")
 
 

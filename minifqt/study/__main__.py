@@ -95,9 +95,8 @@ class Setting:
             config, self.progress = meta["config"], training.Progress(**meta["progress"])
         else:
             arrays, self.progress = None, training.Progress()
-            config = {"dataset": "digits", "recipe": "bhq5", "seed": flags.seed, "lr": 0.1,
-                      "epochs": max(1, flags.epochs), **train.PRESETS["digits"]} | {
-                      "epochs": max(1, flags.epochs)}
+            config = {**train.PRESETS["digits"], "dataset": "digits", "recipe": "bhq5", "lr": 0.1,
+                      "seed": flags.seed, "epochs": max(1, flags.epochs)}
         self.config, preset = config, train.PRESETS[config["dataset"]]
         train_set, _ = data.load(config["dataset"], flags.data_dir)
         self.net = minifqt.fuse(models.build(
