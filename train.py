@@ -13,6 +13,7 @@ import minifqt
 import models
 from data.loader import Loader
 from minifqt import ahead, backend, checkpoint, optim
+from minifqt.autobits import AutoBits
 from minifqt.kernels.cpu import choice
 from minifqt.recipes import recipe as recipe_of
 from minifqt.run import Run
@@ -47,9 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="fetch the data set if it is not there")
     add("--model", choices=models.MODELS, help="default: resnet8 for digits, resnet56 for CIFAR")
     add("--recipe", default="bhq5",
-        help="fp32, qat8, or a gradient quantizer and its bits: ptq8, ptqz8, psq4, bhq5, …")
-    add("--eval-range", choices=("running", "batch"), default="running",
-        help="activation ranges in evaluation")
+        help="fp32, qat8, or a gradient quantizer and its bits: ptq8, ptqz8, psq4, bhq5, … or "
+             "bhq-auto; fields may follow: bhq5,grad_w=identity,eval_range=batch")
     add("--epochs", type=int, help="default: 30 for digits, 200 for CIFAR")
     add("--batch-size", type=int, help="default: 64 for digits, 128 for CIFAR")
     add("--lr", type=float, default=0.1, help="learning rate at the start")
@@ -85,7 +85,7 @@ def run(flags: argparse.Namespace) -> int:
     """One run from its settings, new or resumed."""
     backend.set_threads(flags.threads)
     choice.set_instructions("auto" if flags.kernels == "plain" else flags.kernels)
-    recipe = recipe_of(flags.recipe).replace(eval_range=flags.eval_range)
+    recipe = recipe_of(flags.recipe)
     augment = {key: PRESETS[flags.dataset][key] for key in ("padding", "flip")}
     train_set, test_set = data.load(flags.dataset, flags.data_dir, flags.download)
     net = models.build(flags.model, train_set.classes, recipe, flags.seed, flags.device,
@@ -109,6 +109,9 @@ def run(flags: argparse.Namespace) -> int:
               f"of {len(train_loader)} steps with {net.streams.device.__name__}, "
               f"{backend.threads()} threads; {choice.describe()}; writing {flags.out}")
     schedule = optim.SCHEDULES[flags.schedule](flags.lr, flags.epochs, flags.warmup)
+    if recipe.automatic:
+        train_loader = AutoBits(net, train_loader, recipe.alpha, flags.label_smoothing,
+                                log=Path(flags.out) / "bits.jsonl")
     try:
         metrics = job.train(train_loader, test_loader, schedule, flags.epochs,
                             flags.label_smoothing)
@@ -161,6 +164,10 @@ def resumed(flags, arguments):
             raise ValueError(f"--{key.replace('_', '-')} {value}: the run in {flags.resume} has "
                              f"{config[key]}, and a resumed run keeps its settings. Leave the "
                              "flag out, or start a new run.")
+    fields, now = config["recipe_fields"], asdict(recipe_of(config["recipe"]))
+    if now | fields != now:
+        raise ValueError(f"{flags.resume} was trained with {fields}, and {config['recipe']} is "
+                         f"{now} today: resume it with the version that began it.")
     own = {key: config[key] for key in given if key not in ANYTIME}
     return argparse.Namespace(**(vars(flags) | own))
 

@@ -7,6 +7,7 @@ endless iterator and no sampler framework: `for x, labels in loader.epoch(e)` is
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -62,6 +63,15 @@ class Loader:
             raise ValueError(f"epoch {e} from step {start}: expected an epoch ≥ 0 and a step "
                              f"in 0..{len(self)}.")
         return self._prefetched(e, start)
+
+    def following(self, e: int, start: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`count` batches from step `start` of epoch e on, and on into the epochs after it."""
+        found = []
+        while len(found) < count:
+            with closing(self.epoch(e, start)) as batches:
+                found += islice(batches, count - len(found))
+            e, start = e + 1, 0
+        return found
 
     def _prefetched(self, e, start):
         order = self._order(e)

@@ -28,7 +28,7 @@ _pool: ThreadPoolExecutor | None = None
 _ELEMENTS = 1 << 18                                       # in a block of elementwise work
 _LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
 _shelf: dict[int, list["_Memory"]] = {}                  # free memory by size
-_SLAB, _slab_lock = 1 << 26, Lock()
+_SLAB, _slab_lock = 1 << 26, Lock()                      # bytes of a piece
 _slab = np.empty(0, np.uint8)                             # what is left of the last large piece
 _own = local()                                           # scratch memory of each thread
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -183,6 +183,18 @@ def _new_memory(size):
             _slab = np.empty(_SLAB, np.uint8)
         memory, _slab = _slab[:size].view(_Memory), _slab[room:]
     return memory
+
+
+@contextmanager
+def nothing_kept():
+    """Inside, memory is asked for piece by piece, and none is left from before: to measure it."""
+    global _SLAB, _slab
+    before, _SLAB = _SLAB, 0
+    _shelf.clear()
+    try:
+        yield
+    finally:
+        _SLAB, _slab = before, np.empty(0, np.uint8)
 
 
 @contextmanager

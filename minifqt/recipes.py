@@ -1,6 +1,8 @@
 """Which quantizer stands in which of a layer's four places. Presets are the one dict below."""
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from dataclasses import replace as _replace
+from numbers import Real
 
 from minifqt import quantizers
 
@@ -17,7 +19,9 @@ class Recipe:
 
     act, weight     the operands of the forward product; a suffix :nearest or :stochastic overrides
     grad_w, grad_x  the two quantized copies of dy: for the weight's gradient, for the input's
+                    NAME-auto: bits chosen in each layer on the way (autobits.py)
     eval_range      "running" or "batch": the activations' range in evaluation
+    alpha           with -auto: the gradients' quantization variance ÷ that of sampling, at most
     Raises ValueError for a spec that names no quantizer.
     """
 
@@ -26,6 +30,7 @@ class Recipe:
     grad_w: str = "ptq8"
     grad_x: str = "bhq5"
     eval_range: str = "running"
+    alpha: float = 0.1
 
     def __post_init__(self):
         for place in ("act", "weight", "grad_w", "grad_x"):
@@ -33,8 +38,18 @@ class Recipe:
                 quantizers.parse(getattr(self, place))
             except ValueError as error:
                 raise ValueError(f"recipe, {place}: {error}") from None
+        if "-auto" in self.act + self.weight:
+            raise ValueError(f"recipe, act {self.act}, weight {self.weight}: only the bits of "
+                             "gradients are chosen automatically. Give act and weight a number.")
+        if not isinstance(self.alpha, Real) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"recipe, alpha {self.alpha!r}: expected a number above 0.")
         if self.eval_range not in ("running", "batch"):
             raise ValueError(f"recipe, eval_range {self.eval_range!r}: expected running or batch.")
+
+    @property
+    def automatic(self) -> bool:
+        """Whether bits are chosen on the way."""
+        return "-auto" in self.grad_w + self.grad_x
 
     def replace(self, **changes) -> "Recipe":
         """A copy with some fields changed."""
@@ -44,10 +59,30 @@ class Recipe:
 def recipe(name: str | Recipe) -> Recipe:
     """fp32, qat8, or NAMEb for any registered gradient quantizer, as in recipe("bhq5").
 
+    Fields may follow: recipe("bhq5,grad_w=identity"), recipe("bhq-auto,alpha=0.05").
     Raises ValueError, listing what there is; a Recipe is returned as it is.
     """
     if isinstance(name, Recipe):
         return name
+    name, *changes = name.split(",")
+    known = [field.name for field in fields(Recipe)]
+    for change in changes:
+        if change.partition("=")[0] not in known or "=" not in change:
+            raise ValueError(f"recipe {name}, {change!r}: expected FIELD=VALUE, a field of "
+                             f"{', '.join(known)}.")
+    values = dict(change.split("=", 1) for change in changes)
+    return _named(name).replace(**{key: _number(value) if key == "alpha" else value
+                                   for key, value in values.items()})
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text                                       # which Recipe refuses
+
+
+def _named(name):
     if name in PRESETS:
         return Recipe(**PRESETS[name])
     try:

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from minifqt.backend import Array, array_module, device_module, to_cpu
-from minifqt.quantizers.base import Bound, BoundActivation
+from minifqt.quantizers.base import Bound, BoundActivation, gradient
 from minifqt.recipes import Recipe
 from minifqt.recipes import recipe as recipe_of
 from minifqt.rng import Streams
+
+
+_KEPT = ("act_range", "grad_w_bits", "grad_x_bits")       # by quantizers
 
 
 @dataclass
@@ -122,17 +125,17 @@ class Layer:
                 for name, value in vars(layer).items() if isinstance(value, Param)}
 
     def state(self) -> dict[str, Array]:
-        """Dotted name → array: parameters, running statistics, activation ranges. No copies."""
+        """Dotted name → array: parameters, running statistics, ranges, chosen bits. No copies."""
         return {name: get() for name, get, _ in self._entries()}
 
     def load_state(self, arrays: dict[str, Array]) -> None:
-        """Take a state over by name; activation ranges may be missing (weights from elsewhere).
+        """Take a state over by name; what quantizers keep may be missing (weights from elsewhere).
 
         Raises ValueError where names or shapes differ, and then changes nothing.
         """
         own = self.state()
-        missing = [name for name in own if name not in arrays and not name.endswith("act_range")]
-        extra = [name for name in arrays if name not in own and not name.endswith("act_range")]
+        missing, extra = ([name for name in some if name not in others and not name.endswith(_KEPT)]
+                          for some, others in ((own, arrays), (arrays, own)))
         if missing or extra:
             raise ValueError(f"the state does not fit this network: {len(missing)} names are "
                              f"missing, {missing[:3]}, and {len(extra)} unknown, {extra[:3]}. "
@@ -156,9 +159,9 @@ class Layer:
             for name in layer.buffers:
                 yield (_join(prefix, name), lambda layer=layer, name=name: getattr(layer, name),
                        lambda new, layer=layer, name=name: setattr(layer, name, new))
-            if isinstance(layer, Quantized) and layer.q.act.has_range:
-                yield (_join(prefix, "act_range"), lambda act=layer.q.act: act.range,
-                       layer.q.act.load_range)
+            for bound in vars(layer.q).values() if isinstance(layer, Quantized) else ():
+                if bound.entry:
+                    yield (_join(prefix, bound.entry), lambda bound=bound: bound.value, bound.load)
 
     # ---- what a subclass may define ------------------------------------------------------------
 
@@ -229,8 +232,8 @@ def build(net: Layer, recipe: Recipe | str, seed: int = 0, device: str = "cpu",
             layer.q = Places(
                 BoundActivation(specs["act"], streams, names["act"], recipe.eval_range),
                 Bound(specs["weight"], "nearest", streams, names["weight"]),
-                Bound(specs["grad_w"], "stochastic", streams, names["grad_w"]),
-                Bound(specs["grad_x"], "stochastic", streams, names["grad_x"]))
+                gradient(specs["grad_w"], streams, names["grad_w"]),
+                gradient(specs["grad_x"], streams, names["grad_x"]))
     return net.train()
 
 

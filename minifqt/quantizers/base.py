@@ -15,6 +15,7 @@ from minifqt.kernels.seen import Lazy
 from minifqt.qtensor import QTensor
 from minifqt.rng import Stream, Streams, nearest
 
+AUTO, START = "-auto", 8                                  # a spec's ending; bits before any choice
 _REGISTRY: dict[str, type["Quantizer"]] = {}
 
 
@@ -47,14 +48,17 @@ def create(name: str, bits: int | None = None) -> "Quantizer":
 
 
 def parse(spec: str) -> tuple["Quantizer", str | None]:
-    """"bhq4" → (BHQ(4), None); "ptq8:nearest" → (PTQ(8), "nearest").  ValueError for a bad spec."""
-    match = (re.fullmatch(r"([a-z][a-z0-9_]*?)(\d*)(?::(nearest|stochastic))?", spec)
+    """"bhq4" → (BHQ(4), None); "ptq8:nearest" → (PTQ(8), "nearest").  ValueError for a bad spec.
+
+    "bhq-auto" is BHQ(8): what an Automatic place starts from.
+    """
+    match = (re.fullmatch(r"([a-z][a-z0-9_]*?)(\d*|-auto)(?::(nearest|stochastic))?", spec)
              if isinstance(spec, str) else None)
     if match is None:
         raise ValueError(f"quantizer {spec!r}: expected a name and its bits, perhaps a rounding: "
-                         "bhq5, ptq8:nearest, identity.")
+                         "bhq5, ptq8:nearest, bhq-auto, identity.")
     name, bits, rounding = match.groups()
-    return create(name, int(bits) if bits else None), rounding
+    return create(name, int(bits.replace(AUTO, str(START))) if bits else None), rounding
 
 
 class Quantizer:
@@ -173,7 +177,10 @@ class Bound:
 
     spec      as in a recipe: "bhq5", "ptq8:nearest", "identity"
     rounding  of this place, unless the spec names one
+    entry     name of the array that it adds to the network's state, if any: see `value`, `load`
     """
+
+    entry: str | None = None
 
     def __init__(self, spec: str, rounding: str, streams: Streams, name: str):
         self.quantizer, named = parse(spec)
@@ -193,6 +200,44 @@ class Bound:
         return self.spec
 
 
+class Automatic(Bound):
+    """A gradient's quantizer whose bits are chosen on the way (autobits.py), and saved."""
+
+    def __init__(self, spec: str, streams: Streams, name: str):
+        super().__init__(spec, "stochastic", streams, name)
+        self.recipe, self.entry = spec, f"{name.rpartition('.')[2]}_bits"
+        self.bits = START
+
+    @property
+    def bits(self) -> int:
+        """Of the quantizer that is in this place now.  ValueError outside 2..8."""
+        return self.quantizer.bits
+
+    @bits.setter
+    def bits(self, bits: int):
+        self.spec = self.recipe.replace(AUTO, str(bits))
+        self.quantizer, _ = parse(self.spec)
+
+    @property
+    def value(self) -> np.ndarray:
+        """bits, (1,)."""
+        return np.array([self.bits], np.float32)
+
+    def load(self, values: Array) -> None:
+        """Take over saved bits; NaN where none were."""
+        bits = float(to_cpu(values)[0])
+        self.bits = START if np.isnan(bits) else int(bits)
+
+    def __str__(self):
+        return f"{self.recipe} ({self.spec})"
+
+
+def gradient(spec: str, streams: Streams, name: str) -> Bound:
+    """A gradient's quantizer in its place: fixed or Automatic."""
+    return (Automatic(spec, streams, name) if AUTO in spec else
+            Bound(spec, "stochastic", streams, name))
+
+
 class BoundActivation(Bound):
     """A layer's input quantizer, with a running range for evaluation (momentum 0.1, as batch norm).
 
@@ -202,6 +247,7 @@ class BoundActivation(Bound):
     def __init__(self, spec: str, streams: Streams, name: str, eval_range: str):
         super().__init__(spec, "nearest", streams, name)
         self.has_range = hasattr(self.quantizer, "static")
+        self.entry = "act_range" if self.has_range else None
         self.range = streams.device.full(2, np.nan, "float32")
         self.training, self.eval_range, self.calibrated = True, eval_range, False
 
@@ -226,6 +272,11 @@ class BoundActivation(Bound):
         low, high = self.range[:1], self.range[1:]
         return self.named(self.quantizer.static(x, self.stream, low, high))
 
-    def load_range(self, values: Array) -> None:
+    @property
+    def value(self) -> Array:
+        """The range."""
+        return self.range
+
+    def load(self, values: Array) -> None:
         """Take over a saved range; NaN means that there was none.  # sync"""
         self.range, self.calibrated = values, bool(np.isfinite(to_cpu(values)).all())

@@ -14,7 +14,7 @@ def draw(result: dict, path: Path) -> str:
     except ImportError:
         return f"{path} not drawn: matplotlib is missing; pip install -r requirements-dev.txt"
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained", facecolor="white")
-    _PICTURES[result["study"]](figure, result)
+    PICTURES[result["study"]](figure, result)
     figure.suptitle(f"{result['study']}: {result['network']}", fontsize=10)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -91,5 +91,50 @@ def _bins(figure, result):
     axes[1, 0].set_ylabel("range that its steps divide")
 
 
-_PICTURES = {"unbiased": _unbiased, "layers": _layers, "variance": _variance, "bounds": _bounds,
+def _replay(figure, result):
+    rows = [row for row in result["rows"] if row["parameter"].endswith(".weight")]
+    axes = figure.subplots()
+    for key, label, colour in (("noise", "as the run had it", "bhq"), ("changed", "changed", "ptq")):
+        axes.plot([row[key] for row in rows], "o", color=COLOURS[colour], markersize=4, label=label)
+    axes.set_xticks(range(len(rows)), [row["parameter"].removesuffix(".weight") for row in rows],
+                    rotation=90, fontsize=5)
+    axes.set(ylabel="distance from the QAT gradient ÷ its norm", yscale="log")
+    axes.legend(frameon=False)
+
+
+def _audit(figure, result):
+    above, below = figure.subplots(2, 1, sharex=True)
+    rows = result["products"]
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    for kind, colour in (("fprop", "psq"), ("wgrad", "ptq"), ("dgrad", "bhq")):
+        some = [row for row in rows if row["product"] == kind]
+        at = [names.index(row["layer"]) for row in some]
+        above.plot(at, [row["multiplies"] for row in some], "o", color=COLOURS[colour],
+                   markersize=3, label=kind)
+        below.plot(at, [row.get("bits", np.nan) for row in some], "o", color=COLOURS[colour],
+                   markersize=3)                          # floats have none
+    for bits in (24, 31):
+        below.axhline(bits, color=GREY, linestyle="--")
+    above.set(ylabel="multiplies", yscale="log")
+    above.legend(frameon=False, fontsize=7)
+    below.set_ylabel("bits of the largest sum")
+    below.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
+
+
+def _bits(figure, result):
+    above, below = figure.subplots(2, 1, sharex=True)
+    names = list(result["bits"])
+    for axes, values in ((above, result["bits"]), (below, result["terms"])):
+        axes.bar(range(len(names)), [values[name] for name in names], color=COLOURS["bhq"])
+    above.axhline(result["equal_bits"], color=GREY, linestyle="--",
+                  label=f"equal bits of the same variance, {result['equal_bits']:.2f}")
+    above.axhline(result["average"], color=COLOURS["bhq"], linestyle=":",
+                  label=f"average {result['average']:.2f}")
+    above.set_ylabel("bits")
+    above.legend(frameon=False, fontsize=7)
+    below.set(ylabel="term of Theorem 2", yscale="log")
+    below.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
+
+
+PICTURES = {"bits": _bits, "replay": _replay, "audit": _audit, "unbiased": _unbiased, "layers": _layers, "variance": _variance, "bounds": _bounds,
              "bins": _bins}

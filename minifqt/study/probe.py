@@ -5,7 +5,7 @@ Sites that are off are Identity: with all of them off, backward is that of quant
 training (QAT). Next: terms.py.
 """
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +26,9 @@ class Probe:
     sites   names in the order in which backward meets them, the last layer's first
     specs   site → quantizer, as the network's recipe has it
     blocks  parameter → where it is in a gradient (P,)
+    loss    of the batch
+    exact   the gradient of QAT, (P,) float64: all sites off
+    errors  site → the dy (N, …) of QAT that it gets
     Inside, the network is for nothing else; afterwards all but its gradients is as before.
     Raises ValueError where no layer is quantized.
     """
@@ -43,14 +46,15 @@ class Probe:
         self._stack.callback(net.train, net.training)
         self._stack.callback(self._set, self._bound)
         self._stack.enter_context(net.keep_saved())
-        before = {name: array.copy() for name, array in net.state().items()}
-        _, self._dlogits = cross_entropy(net.train().forward(x), labels, label_smoothing)
-        net.load_state(before)                            # running ranges and statistics
+        x, labels = (net.streams.device.asarray(v) for v in (x, labels))
+        with unchanged(net):
+            self.loss, self._dlogits = cross_entropy(net.train().forward(x), labels,
+                                                     label_smoothing)
         self.blocks, start = {}, 0
         for name, p in net.params().items():
             self.blocks[name] = slice(start, start := start + p.data.size)
-        self.errors = {}                                  # site → the dy (N, …) of QAT that it gets
-        self.gradient({}, through=dict.fromkeys(places, self._keep_error))
+        self.errors = {}
+        self.exact = self.gradient({}, through=dict.fromkeys(places, self._keep_error))
         self.sites = list(self.errors)
 
     def __enter__(self):
@@ -90,6 +94,11 @@ class Probe:
         """Where the weight of this site's layer is in a gradient: all that its grad_w reaches."""
         return self.blocks[f"{site.rpartition('.')[0]}.weight".removeprefix(".")]
 
+    def multiplies(self, site: str) -> int:
+        """Of the product that this site's codes enter, wgrad or dgrad, absent taps included."""
+        dy, at = self.errors[site], self.weight_of(site)
+        return dy.size * ((at.stop - at.start) // dy.shape[-1])
+
     def _set(self, bound):
         for site, (layer, place) in self._places.items():
             setattr(layer.q, place, bound[site])
@@ -97,6 +106,16 @@ class Probe:
     def _keep_error(self, t):
         self.errors[t.name] = t.codes
         return t
+
+
+@contextmanager
+def unchanged(net: Layer):
+    """Afterwards its parameters, running ranges and statistics are what they were before."""
+    before = {name: array.copy() for name, array in net.state().items()}
+    try:
+        yield
+    finally:
+        net.load_state(before)
 
 
 def _chain(bound, then):

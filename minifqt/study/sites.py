@@ -20,11 +20,17 @@ def bounds(name: str, bits: int, dy: Array, draws: int, seed: int = 0) -> dict:
     """
     q, stream = create(name, bits=bits), Streams(seed).stream("study.bounds")
     sizes = [_squared_error(q, dy, stream, draw) for draw in range(draws)]
-    size, closed = float((to_cpu(dy).astype("float64") ** 2).sum()), float(q.variance(dy).sum())
+    closed, size = closed_form(name, bits, dy)
     measured, error = float(np.mean(sizes)), float(np.std(sizes, ddof=1) / np.sqrt(draws))
     return {"quantizer": name, "bits": bits, "measured": measured / size, "error": error / size,
             "closed": closed / size, "bound": q.bound(dy) / size, "loose": q.bound(dy) / closed,
             "z": (measured - closed) / error}
+
+
+def closed_form(name: str, bits: int, dy: Array) -> tuple[float, float]:
+    """Total variance of Q(dy) without any draw, and Σ dy²."""
+    return (float(create(name, bits=bits).variance(dy).sum()),
+            float((to_cpu(dy).astype("float64") ** 2).sum()))
 
 
 def _squared_error(q, dy, stream, draw):

@@ -36,11 +36,11 @@ def measure(probe: Probe, draws: Iterable[int], specs: dict | None = None) -> Te
     draws  their numbers: the same number is the same noise.  ValueError for fewer than two
     specs  site → quantizer, where it is not the recipe's
     """
-    exact, blocks = probe.gradient({}), probe.blocks
+    exact, blocks = probe.exact, probe.blocks
     directions = [probe.response(site, specs)[at] for site, at in _reach(probe).items()]
     grams, along, projected = [], [], []
     for draw in draws:
-        parts, noise = _parts(probe, draw, specs, exact)
+        parts, noise = _parts(probe, draw, specs)
         grams.append(_gram(probe, parts))
         along.append([_share(r, part) for r, part in zip(directions, parts, strict=True)])
         projected.append([_share(exact[at], noise[at]) for at in blocks.values()])
@@ -68,16 +68,22 @@ def _reach(probe):
             for site in probe.sites}
 
 
-def _parts(probe, draw, specs, exact):
+def sizes(probe: Probe, draw: int, specs: dict | None = None) -> dict[str, float]:
+    """Site → ‖Γ_l ε_l‖² of one draw: what Theorem 2 adds up, without bias from a single draw."""
+    parts, _ = _parts(probe, draw, specs)
+    return {site: float(part @ part) for site, part in zip(probe.sites, parts, strict=True)}
+
+
+def _parts(probe, draw, specs):
     """Γ_l ε_l of each site, where it reaches, and FQT − QAT gradient."""
-    on, last, parts, reach = {}, exact, {}, _reach(probe)
+    on, last, parts, reach = {}, probe.exact, {}, _reach(probe)
     for site in probe.sites:
         if site.endswith(".grad_x"):
             on[site] = draw
             now = probe.gradient(on, specs)
             parts[site], last = now - last, now
     total = probe.gradient(dict.fromkeys(probe.sites, draw), specs)
-    return [parts.get(site, (total - last)[at]) for site, at in reach.items()], total - exact
+    return [parts.get(site, (total - last)[at]) for site, at in reach.items()], total - probe.exact
 
 
 def _gram(probe, parts):

@@ -14,23 +14,23 @@ from minifqt.study.probe import Probe
 def quantization(probe: Probe, spec: str, draws: Iterable[int], place: str = "grad_x") -> tuple:
     """Total variance of the gradient, its standard error: all sites of this place are `spec`."""
     sites = [site for site in probe.sites if site.endswith(f".{place}")]
-    exact, specs = probe.gradient({}), dict.fromkeys(sites, spec)
-    sizes = [((probe.gradient(dict.fromkeys(sites, draw), specs) - exact) ** 2).sum()
+    specs = dict.fromkeys(sites, spec)
+    sizes = [((probe.gradient(dict.fromkeys(sites, draw), specs) - probe.exact) ** 2).sum()
              for draw in draws]
     if len(sizes) < 2:
         raise ValueError(f"{len(sizes)} draws: a variance needs at least two.")
     return float(np.mean(sizes)), float(np.std(sizes, ddof=1) / np.sqrt(len(sizes)))
 
 
-def sampling(net: Layer, batches: Iterable) -> tuple[float, float]:
+def sampling(net: Layer, batches: Iterable, label_smoothing: float = 0.0) -> tuple[float, float]:
     """Total variance of the QAT gradient over batches (x, labels), and ‖mean gradient‖².
 
     Of batches of this size, by Welford's update. The mean's own variance is taken from its size.
     """
     count, mean, squares = 0, 0.0, 0.0
     for x, labels in batches:
-        with Probe(net, x, labels) as probe:
-            gradient = probe.gradient({})
+        with Probe(net, x, labels, label_smoothing=label_smoothing) as probe:
+            gradient = probe.exact
         count, before = count + 1, gradient - mean
         mean = mean + before / count
         squares += float(before @ (gradient - mean))

@@ -1,0 +1,169 @@
+"""Bits that follow the noise: where a recipe says NAME-auto, by Theorem 2 (docs/theory.md).
+
+The gradient's variance is that of drawing the batch plus one term a quantizer. Every so many steps
+these are measured, and each automatic place gets its bits anew: all terms together stay below alpha
+times the sampling variance, at the least cost Σ bits · multiplies. Bits depend on weights, batches
+and noise of their own, never on the noise that training rounds with: Theorem 1 still holds.
+"""
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from minifqt.checkpoint import write_atomically
+from minifqt.layers import Layer
+from minifqt.layers.base import Quantized
+from minifqt.quantizers.base import AUTO, Automatic
+from minifqt.study import terms, variance
+from minifqt.study.probe import Probe
+
+BITS = range(2, 9)
+EVERY, FIRST = 500, 32                                    # steps; before 500 at 32, 64, 128, …
+BATCHES, DRAWS, ROUNDS = 8, 2, 6                          # of one choice
+APART = 1 << 40                                           # from the seeds of training: other noise
+TRUSTED = 5                                               # bits down to which the law holds
+
+
+@dataclass
+class Bits:
+    """Bits for some sites, and what was measured with them.
+
+    bits     site → bits;  average  of them, weighted by multiplies
+    terms    site → E‖Γ ε‖², of all sites of the network;  total  their sum
+    """
+
+    bits: dict[str, int]
+    average: float
+    terms: dict[str, float]
+    total: float
+
+
+class AutoBits:
+    """A loader that chooses the bits of a network's automatic places before some of its batches.
+
+    net, loader  what is trained, and what yields its batches (data.loader.Loader)
+    alpha        total quantization variance ÷ sampling variance, at most
+    every        steps from one choice to the next, if not sooner at the beginning
+    log          file to which each choice goes as a line of JSON
+    Raises ValueError where no place of the network is automatic.
+    """
+
+    def __init__(self, net: Layer, loader, alpha: float = 0.1, label_smoothing: float = 0.0,
+                 every: int = EVERY, log: Path | None = None):
+        self.places = {bound.name: bound for _, layer in net.walk() if isinstance(layer, Quantized)
+                       for bound in vars(layer.q).values() if isinstance(bound, Automatic)}
+        if not self.places:
+            raise ValueError("no place of this network is automatic: build it with a recipe such "
+                             "as bhq-auto.")
+        self.net, self.loader, self.alpha, self.every, self.log = net, loader, alpha, every, log
+        self.label_smoothing = label_smoothing
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Automatic site → the bits that it has now."""
+        return {site: place.bits for site, place in self.places.items()}
+
+    def __len__(self):
+        return len(self.loader)
+
+    def epoch(self, e: int, start: int = 0) -> Iterator:
+        """The loader's batches of epoch e from step `start` on."""
+        with closing(self.loader.epoch(e, start)) as batches:
+            for i, batch in enumerate(batches, start):
+                step = e * len(self) + i
+                if due(step, self.every):
+                    self.choose(step, self.loader.following(e, i, BATCHES))
+                yield batch
+
+    def choose(self, step: int, batches: Sequence) -> Bits:
+        """Measure on these batches (x, labels), set the bits and log them."""
+        sampling, _ = variance.sampling(self.net, batches, self.label_smoothing)
+        budget, seed = self.alpha * sampling, APART + self.net.streams.seed
+        with Probe(self.net, *batches[0], seed, self.label_smoothing) as probe:
+            found = fewest(probe, {site: (place.recipe, place.bits)
+                                   for site, place in self.places.items()}, budget,
+                           range(DRAWS * step, DRAWS * (step + 1)))
+        for site, bits in found.bits.items():
+            self.places[site].bits = bits
+        self._note({"step": step, "sampling": sampling, "budget": budget} | asdict(found))
+        return found
+
+    def _note(self, line):
+        """Lines of this step and later ones are of a run that was cut off."""
+        if self.log is not None:
+            lines = self.log.read_text().splitlines() if self.log.exists() else []
+            kept = [old for old in lines if json.loads(old)["step"] < line["step"]]
+            write_atomically(self.log, "".join(
+                f"{text}\n" for text in [*kept, json.dumps(line)]).encode())
+
+
+def due(step: int, every: int) -> bool:
+    """Whether bits are chosen before this step: 0, FIRST · 2ᵏ below `every`, and its multiples."""
+    early = step < every and step % FIRST == 0 and (step // FIRST).bit_count() == 1
+    return step % every == 0 or early
+
+
+def fewest(probe: Probe, places: dict[str, tuple[str, int]], budget: float,
+           draws: Sequence[int]) -> Bits:
+    """The cheapest bits whose terms, with those of all other sites, sum to `budget` at most.
+
+    What other bits would give is said by the law Var ∝ 1 / (2^b − 1)²; noise from above widens the
+    ranges below, so below TRUSTED bits it is followed for one bit at a time. Proposals are measured
+    until nothing changes. If none fits the budget, those with the least noise.
+    places  site → (spec as "bhq-auto", bits to begin with); who reaches no parameter is left out
+    """
+    bits, found = {site: b for site, (_, b) in places.items() if site in probe.sites}, {}
+    for _ in range(ROUNDS):
+        now = found[tuple(bits.values())] = measured(probe, places, bits, draws)
+        bits = now.bits
+        fixed = now.total - sum(now.terms[site] for site in bits)
+        chosen = cheapest([_cost(probe, site, bits) for site in bits],
+                          [_predicted(now.terms[site], b) for site, b in bits.items()],
+                          budget - fixed)
+        bits = dict(zip(bits, chosen or [BITS[-1]] * len(bits), strict=True))
+        if tuple(bits.values()) in found:
+            break
+    return min(found.values(), key=lambda b: (b.total > budget,
+                                              b.total if b.total > budget else b.average))
+
+
+def measured(probe: Probe, places: dict, bits: dict[str, int], draws: Sequence[int]) -> Bits:
+    """What the network's noise is with these bits; sites without any are dropped."""
+    specs = {site: places[site][0].replace(AUTO, str(b)) for site, b in bits.items()}
+    many = [terms.sizes(probe, draw, specs) for draw in draws]
+    means = {site: sum(one[site] for one in many) / len(many) for site in probe.sites}
+    bits = {site: b for site, b in bits.items() if means[site] > 0}
+    weights = [probe.multiplies(site) for site in bits]
+    average = sum(w * b for w, b in zip(weights, bits.values(), strict=True)) / max(1, sum(weights))
+    return Bits(bits, average, means, sum(means.values()))
+
+
+def _cost(probe, site, among):
+    """Its multiplies in 1/500 of all: few different numbers, and `cheapest` is quick."""
+    return max(1, round(500 * probe.multiplies(site) / sum(map(probe.multiplies, among))))
+
+
+def _predicted(term, bits):
+    """Bits → the term that the law expects."""
+    return {b: term * ((2**bits - 1) / (2**b - 1)) ** 2 for b in BITS
+            if b >= min(bits - 1, TRUSTED)}
+
+
+def cheapest(costs: Sequence[int], variances: Sequence[dict[int, float]],
+             budget: float) -> tuple[int, ...] | None:
+    """One b of variances[i] for each site i: least Σ cost · b with Σ variance ≤ budget, or None.
+
+    Exact: of all choices for the first sites, those stay that no other beats in cost and variance.
+    """
+    front = [(0, 0.0, ())]
+    for cost, by_bits in zip(costs, variances, strict=True):
+        longer = sorted((c + cost * b, v + more, chosen + (b,))
+                        for c, v, chosen in front for b, more in by_bits.items())
+        front, least = [], math.inf
+        for c, v, chosen in longer:
+            if v < least and v <= budget:
+                front.append((c, v, chosen))
+                least = v
+    return front[0][2] if front else None

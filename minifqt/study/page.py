@@ -1,0 +1,61 @@
+"""One HTML file about a run: curves, terms, codes, bits and audit, with a layer and step to pick.
+
+`page` is data in, text out; page.html holds the looks and the picking. Nothing is loaded from
+elsewhere: the file works from a disk, in any browser.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from minifqt.backend import Array
+from minifqt.layers import Layer
+from minifqt.quantizers import parse
+from minifqt.study import sites, theorems
+from minifqt.study.audit import audit
+from minifqt.study.probe import Probe
+from minifqt.study.terms import measure
+
+QUANTIZERS, POINTS = ("ptq", "psq", "bhq"), 64            # compared; of a curve of ranges
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def look(net: Layer, batch: tuple[Array, Array], draws: int, seed: int = 0,
+         label_smoothing: float = 0.0) -> dict:
+    """What the page shows of one step of a network: its terms, codes, ranges, and the audit."""
+    with Probe(net, *batch, seed, label_smoothing) as probe:
+        found = theorems.layers(measure(probe, range(draws)))
+        specs = {site: probe.specs[site] for site in probe.sites}
+        errors = {site: dy for site, dy in probe.errors.items() if site.endswith(".grad_x")}
+        loss = float(probe.loss)
+    return {"loss": loss, "terms": found.terms, "total": found.total, "specs": specs,
+            "codes": {site: [_codes(name, bits_of(specs[site]), dy) for name in QUANTIZERS]
+                      for site, dy in errors.items()},
+            "audit": audit(net, *batch, seed, label_smoothing)}
+
+
+def bits_of(spec: str) -> int:
+    """Of a quantizer; 8 where it has none."""
+    return getattr(parse(spec)[0], "bits", 8)
+
+
+def _codes(name, bits, dy):
+    row = sites.bins(name, bits, dy)
+    ranges = np.quantile(row["ranges"], np.linspace(1, 0, min(POINTS, len(row["ranges"]))))
+    closed, size = sites.closed_form(name, bits, dy)
+    return {"name": f"{name}{bits}", "occupied": row["occupied"], "ranges": _short(ranges),
+            "used": sites.bits_used(row["occupied"]), "variance": closed / size}
+
+
+def _short(values):
+    return [float(f"{v:.4g}") for v in values]
+
+
+def page(data: dict) -> str:
+    """The whole file.
+
+    data  title, config (flat), curves (lines of metrics.jsonl), choices (lines of bits.jsonl) and
+          points: `look` of each, with name, step, epoch and sampling (variance)
+    """
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return TEMPLATE.read_text().replace("@DATA", text)
