@@ -7,7 +7,7 @@ and noise of their own, never on the noise that training rounds with: Theorem 1 
 """
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +16,12 @@ from minifqt.checkpoint import write_atomically
 from minifqt.layers import Layer
 from minifqt.layers.base import Quantized
 from minifqt.quantizers.base import AUTO, Automatic
-from minifqt.study import terms, variance
+from minifqt.study import variance
 from minifqt.study.probe import Probe
 
 BITS = range(2, 9)
-EVERY, FIRST = 500, 32                                    # steps; before 500 at 32, 64, 128, …
-BATCHES, DRAWS, ROUNDS = 8, 2, 6                          # of one choice
+EVERY, FIRST = 1000, 32                                   # steps; before 1000 at 32, 64, 128, …
+BATCHES, NOISY, ROUNDS = 8, 4, 6                          # of a choice; NOISY of them for the terms
 APART = 1 << 40                                           # from the seeds of training: other noise
 TRUSTED = 5                                               # bits down to which the law holds
 
@@ -80,14 +80,22 @@ class AutoBits:
     def choose(self, step: int, batches: Sequence) -> Bits:
         """Measure on these batches (x, labels), set the bits and log them."""
         sampling, _ = variance.sampling(self.net, batches, self.label_smoothing)
-        budget, seed = self.alpha * sampling, APART + self.net.streams.seed
-        with Probe(self.net, *batches[0], seed, self.label_smoothing) as probe:
-            found = fewest(probe, {site: (place.recipe, place.bits)
-                                   for site, place in self.places.items()}, budget,
-                           range(DRAWS * step, DRAWS * (step + 1)))
-        for site, bits in found.bits.items():
-            self.places[site].bits = bits
-        self._note({"step": step, "sampling": sampling, "budget": budget} | asdict(found))
+        with Probe(self.net, *batches[0], 0, self.label_smoothing) as probe:
+            costs = {site: probe.multiplies(site) for site in self.places if site in probe.sites}
+
+        def terms(bits):                                  # with noise of this choice's own
+            specs = {site: self.places[site].recipe.replace(AUTO, str(b))
+                     for site, b in bits.items()}
+            found = variance.terms(self.net, batches[:NOISY], specs, NOISY * step,
+                                   APART + self.net.streams.seed, self.label_smoothing)
+            return {site: mean for site, (mean, _) in found.items()}
+
+        bits = {site: self.places[site].bits for site in costs}
+        found = fewest(terms, costs, bits, self.alpha * sampling)
+        for site, b in found.bits.items():
+            self.places[site].bits = b
+        self._note({"step": step, "sampling": sampling, "budget": self.alpha * sampling}
+                   | asdict(found))
         return found
 
     def _note(self, line):
@@ -105,44 +113,41 @@ def due(step: int, every: int) -> bool:
     return step % every == 0 or early
 
 
-def fewest(probe: Probe, places: dict[str, tuple[str, int]], budget: float,
-           draws: Sequence[int]) -> Bits:
+def fewest(terms: Callable, costs: dict[str, int], bits: dict[str, int], budget: float) -> Bits:
     """The cheapest bits whose terms, with those of all other sites, sum to `budget` at most.
 
     What other bits would give is said by the law Var ∝ 1 / (2^b − 1)²; noise from above widens the
     ranges below, so below TRUSTED bits it is followed for one bit at a time. Proposals are measured
     until nothing changes. If none fits the budget, those with the least noise.
-    places  site → (spec as "bhq-auto", bits to begin with); who reaches no parameter is left out
+    terms  bits → site → variance, of all sites of the network
+    costs  multiplies of each site;  bits  to begin with; who reaches no parameter is left out
     """
-    bits, found = {site: b for site, (_, b) in places.items() if site in probe.sites}, {}
+    found = {}
     for _ in range(ROUNDS):
-        now = found[tuple(bits.values())] = measured(probe, places, bits, draws)
-        bits = now.bits
-        fixed = now.total - sum(now.terms[site] for site in bits)
-        chosen = cheapest([_cost(probe, site, bits) for site in bits],
-                          [_predicted(now.terms[site], b) for site, b in bits.items()],
+        now = found[tuple(bits.values())] = measured(terms, costs, bits)
+        fixed = now.total - sum(now.terms[site] for site in now.bits)
+        chosen = cheapest(_units([costs[site] for site in now.bits]),
+                          [_predicted(now.terms[site], b) for site, b in now.bits.items()],
                           budget - fixed)
-        bits = dict(zip(bits, chosen or [BITS[-1]] * len(bits), strict=True))
+        bits = dict(zip(now.bits, chosen or [BITS[-1]] * len(now.bits), strict=True))
         if tuple(bits.values()) in found:
             break
     return min(found.values(), key=lambda b: (b.total > budget,
                                               b.total if b.total > budget else b.average))
 
 
-def measured(probe: Probe, places: dict, bits: dict[str, int], draws: Sequence[int]) -> Bits:
+def measured(terms: Callable, costs: dict[str, int], bits: dict[str, int]) -> Bits:
     """What the network's noise is with these bits; sites without any are dropped."""
-    specs = {site: places[site][0].replace(AUTO, str(b)) for site, b in bits.items()}
-    many = [terms.sizes(probe, draw, specs) for draw in draws]
-    means = {site: sum(one[site] for one in many) / len(many) for site in probe.sites}
-    bits = {site: b for site, b in bits.items() if means[site] > 0}
-    weights = [probe.multiplies(site) for site in bits]
-    average = sum(w * b for w, b in zip(weights, bits.values(), strict=True)) / max(1, sum(weights))
-    return Bits(bits, average, means, sum(means.values()))
+    of = terms(bits)
+    bits = {site: b for site, b in bits.items() if of[site] > 0}
+    whole = sum(costs[site] for site in bits)
+    average = sum(costs[site] * b for site, b in bits.items()) / max(1, whole)
+    return Bits(bits, average, of, sum(of.values()))
 
 
-def _cost(probe, site, among):
-    """Its multiplies in 1/500 of all: few different numbers, and `cheapest` is quick."""
-    return max(1, round(500 * probe.multiplies(site) / sum(map(probe.multiplies, among))))
+def _units(costs):
+    """In 1/500 of all: few different numbers, and `cheapest` is quick."""
+    return [max(1, round(500 * cost / sum(costs))) for cost in costs]
 
 
 def _predicted(term, bits):

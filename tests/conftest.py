@@ -1,6 +1,8 @@
 """Fixtures of several files: what a test may set, and finds as it was afterwards."""
 import pytest
+from tiny import digits
 
+import data
 from minifqt import backend
 from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
@@ -20,6 +22,16 @@ def set_threads():
     before = backend.threads()
     yield backend.set_threads
     backend.set_threads(before)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The command line on 128 digits, in an empty directory."""
+    monkeypatch.setattr(data, "load", lambda *ignored: digits(128))
+    monkeypatch.chdir(tmp_path)
+    threads = backend.threads()
+    yield tmp_path
+    backend.set_threads(threads)
 
 
 @pytest.fixture

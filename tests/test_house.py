@@ -17,7 +17,8 @@ SOURCES = sorted([*ROOT.glob("minifqt/**/*.py"), *ROOT.glob("models/*.py"), *ROO
 ORDER = ["minifqt.backend", "minifqt.rng", "minifqt.qtensor", "minifqt.kernels",
          "minifqt.quantizers", "minifqt.recipes", "minifqt.layers", "minifqt.fusion",
          "minifqt.ahead", "minifqt.losses", "minifqt.optim", "minifqt.checkpoint",
-         "minifqt.training", "minifqt.run", "minifqt.study"]
+         "minifqt.training", "minifqt.run", "minifqt.study.probe", "minifqt.study.terms",
+         "minifqt.study.variance", "minifqt.autobits", "minifqt.study"]
 PATH = ["train.py", "minifqt/training.py", "models/resnet_cifar.py", "minifqt/layers/quantized.py",
         "minifqt/quantizers/psq.py", "minifqt/kernels/reference.py", "minifqt/optim.py"]
 
@@ -47,7 +48,7 @@ def test_imports_go_downwards_only(path):
     for imported in imports(path):
         if name.startswith("minifqt"):
             assert (imported.split(".")[0] not in ("models", "data", "train")
-                    or name == "minifqt.study.__main__")
+                    or name == "minifqt.study.setting")
             if rank(imported) is not None:
                 assert rank(imported) <= rank(name), f"{name} imports {imported}"
         assert imported.split(".")[0] != "cupy" or name == "minifqt.backend"

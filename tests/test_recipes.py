@@ -33,7 +33,7 @@ def test_a_gradient_quantizer_and_its_bits_are_a_recipe(name, bits):
 
 def test_every_preset_is_a_valid_recipe():
     for name, fields in PRESETS.items():
-        assert dataclasses.asdict(minifqt.recipe(name)) == {**fields, "eval_range": "running"}
+        assert minifqt.recipe(name) == Recipe(**fields)
 
 
 def test_a_recipe_is_its_own_recipe():
@@ -46,6 +46,35 @@ def test_replace_changes_a_copy():
     other = recipe.replace(grad_w="identity", eval_range="batch")
     assert other == Recipe(grad_w="identity", grad_x="bhq5", eval_range="batch")
     assert recipe == Recipe(grad_x="bhq5")
+
+
+def test_fields_may_follow_a_recipes_name():
+    assert minifqt.recipe("bhq5,grad_w=identity,eval_range=batch") == Recipe(
+        grad_w="identity", eval_range="batch")
+    assert minifqt.recipe("bhq-auto,alpha=0.05") == Recipe(grad_x="bhq-auto", alpha=0.05)
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("bhq5,grad_y=ptq8", "recipe bhq5, 'grad_y=ptq8': expected FIELD=VALUE, a field of act, weig"),
+    ("bhq5,grad_w", "recipe bhq5, 'grad_w': expected FIELD=VALUE"),
+    ("bhq5,", "recipe bhq5, '': expected FIELD=VALUE"),
+    ("bhq5,grad_w=ptq9", "recipe, grad_w: ptq with bits 9"),
+    ("bhq-auto,alpha=small", "recipe, alpha 'small': expected a number above 0"),
+    ("bhq-auto,alpha=0", "recipe, alpha 0.0: expected a number above 0"),
+    ("bhq-auto,alpha=inf", "recipe, alpha inf: expected a number above 0"),
+    ("bhq-auto,alpha=nan", "recipe, alpha nan: expected a number above 0"),
+    ("bhq5,act=ptq-auto", "act ptq-auto, weight sym8: only the bits of gradients are chosen"),
+    ("bhq5,weight=sym-auto", "weight sym-auto: only the bits of gradients are chosen"),
+    ("fp32,grad_x=identity-auto", "recipe, grad_x: identity8: full precision has no bits")])
+def test_bad_fields_after_a_name_get_one_line(name, says):
+    with pytest.raises(ValueError, match=says):
+        minifqt.recipe(name)
+
+
+def test_a_recipe_knows_whether_its_bits_are_chosen():
+    assert minifqt.recipe("psq-auto").automatic
+    assert minifqt.recipe("bhq5,grad_w=ptq-auto").automatic
+    assert not minifqt.recipe("bhq5").automatic
 
 
 def test_a_recipe_is_frozen():

@@ -1,15 +1,15 @@
 """Runs: resuming, interruption, corruption, divergence, and that every setting acts."""
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import digits, job, train_all
+from tiny import InterruptAt, digits, job, outcome, train_all
 
 import minifqt
 import models
@@ -35,23 +35,6 @@ def contents(run):
         for clock in ("seconds", "images_per_second", "test_seconds"):
             values.pop(clock, None)
     return hashes(arrays), meta["progress"], lines
-
-
-class InterruptAt:
-    """A loader that sends this process Ctrl-C before the step with this number."""
-
-    def __init__(self, loader, number):
-        self.loader, self.number, self.steps = loader, number, 0
-
-    def __len__(self):
-        return len(self.loader)
-
-    def epoch(self, e, start=0):
-        for batch in self.loader.epoch(e, start):
-            if self.steps == self.number:
-                os.kill(os.getpid(), signal.SIGINT)
-            self.steps += 1
-            yield batch
 
 
 @pytest.mark.parametrize("recipe", ["bhq5", "fp32"])
@@ -239,27 +222,25 @@ def test_signals_outside_the_main_thread_are_left_alone():
 # ---- the command line ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """The command line on 128 digits, in an empty directory."""
-    monkeypatch.setattr(train.data, "load", lambda *ignored: digits(128))
-    monkeypatch.chdir(tmp_path)
-    threads = backend.threads()
-    yield tmp_path
-    backend.set_threads(threads)
-
-
-def outcome(folder):
-    arrays, _ = checkpoint.load(Path(folder) / "last.safetensors")
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return checkpoint.digest(arrays, ""), [(m["test_loss"], m["lr"]) for m in lines]
-
-
 CHANGES = {
-    "model": "resnet20", "recipe": "psq4", "eval_range": "batch", "epochs": "3",
-    "batch_size": "32", "lr": "0.05", "schedule": "steps", "warmup": "1", "momentum": "0.5",
-    "weight_decay": "0.01", "label_smoothing": "0.1", "seed": "1",
+    "model": "resnet20", "recipe": "psq4", "epochs": "3", "batch_size": "32", "lr": "0.05",
+    "schedule": "steps", "warmup": "1", "momentum": "0.5", "weight_decay": "0.01",
+    "label_smoothing": "0.1", "seed": "1",
 }
+
+
+FIELDS = ("act=ptq4", "weight=sym4", "grad_w=ptq4", "grad_x=psq4", "eval_range=batch")
+
+
+@pytest.mark.usefixtures("small")
+def test_every_field_of_the_recipe_acts():
+    base = ["--epochs", "1", "--out"]
+    assert train.main([*base, "a"]) == 0
+    for field in FIELDS:                                  # alpha: tests/test_autobits.py
+        assert train.main([*base, field, "--recipe", f"bhq5,{field}"]) == 0
+        assert outcome("a") != outcome(field), field
+    assert {field.partition("=")[0] for field in FIELDS} | {"alpha"} == {
+        field.name for field in fields(minifqt.Recipe)}
 
 
 @pytest.mark.parametrize("flag", CHANGES)

@@ -4,27 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny import probed as network
+from tiny import probed_batch as batch
 
 import minifqt
 from minifqt import quantizers
-from minifqt.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Sequential, build
+from minifqt.layers import ReLU, Sequential, build
 from minifqt.study import Probe, measure, sites, terms, theorems, variance
 from minifqt.study.__main__ import main
 
 SITES = ["7.grad_w", "7.grad_x", "3.grad_w", "3.grad_x", "0.grad_w"]
-
-
-def network(recipe="psq4", fused=False):
-    """Two convolutions and a classifier: 0, 3 and 7."""
-    net = build(Sequential(
-        Conv2d(2, 4, 3, padding=1), BatchNorm2d(4), ReLU(), Conv2d(4, 6, 3, stride=2, padding=1),
-        BatchNorm2d(6), ReLU(), GlobalAvgPool2d(), Linear(6, 3)), recipe, seed=5)
-    return minifqt.fuse(net) if fused else net
-
-
-def batch(N=8):
-    rng = np.random.default_rng(0)
-    return rng.standard_normal((N, 6, 6, 2), dtype="float32"), np.arange(N) % 3
 
 
 def gradient_of(net):
@@ -346,7 +335,7 @@ def test_a_study_writes_its_numbers_and_says_whether_the_claim_holds(study, tmp_
     (["bins", "--quantizers", "xyz"], "no quantizer is named 'xyz'"),
     (["bounds", "--bits", "9"], "expected 2 to 8 bits"),
     (["bins", "--epochs", "0", "--layer", "conv9"], "--layer conv9: there are fc, "),
-    (["layers", "--run", "nowhere"], "there is no such checkpoint")])
+    (["layers", "nowhere"], "there is no such checkpoint")])
 def test_bad_flags_of_a_study_get_one_line(flags, says, capsys, tmp_path):
     assert main([*flags, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err

@@ -14,7 +14,6 @@ from minifqt.recipes import Recipe
 from minifqt.recipes import recipe as recipe_of
 from minifqt.rng import Streams
 
-
 _KEPT = ("act_range", "grad_w_bits", "grad_x_bits")       # by quantizers
 
 

@@ -31,7 +31,7 @@ class Call:
     kind: str
     a: QTensor
     b: QTensor
-    rest: tuple = ()                                      # of a convolution: kernel or size, stride…
+    rest: tuple = ()                                      # of a convolution: stride, padding, …
 
     @property
     def layer(self) -> str:

@@ -94,7 +94,7 @@ def _bins(figure, result):
 def _replay(figure, result):
     rows = [row for row in result["rows"] if row["parameter"].endswith(".weight")]
     axes = figure.subplots()
-    for key, label, colour in (("noise", "as the run had it", "bhq"), ("changed", "changed", "ptq")):
+    for key, label, colour in (("noise", "as it was", "bhq"), ("changed", "changed", "ptq")):
         axes.plot([row[key] for row in rows], "o", color=COLOURS[colour], markersize=4, label=label)
     axes.set_xticks(range(len(rows)), [row["parameter"].removesuffix(".weight") for row in rows],
                     rotation=90, fontsize=5)
@@ -136,5 +136,5 @@ def _bits(figure, result):
     below.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
 
 
-PICTURES = {"bits": _bits, "replay": _replay, "audit": _audit, "unbiased": _unbiased, "layers": _layers, "variance": _variance, "bounds": _bounds,
-             "bins": _bins}
+PICTURES = {"unbiased": _unbiased, "layers": _layers, "variance": _variance, "bounds": _bounds,
+            "bins": _bins, "replay": _replay, "audit": _audit, "bits": _bits}

@@ -4,34 +4,34 @@
 elsewhere: the file works from a disk, in any browser.
 """
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from minifqt.backend import Array
 from minifqt.layers import Layer
 from minifqt.quantizers import parse
-from minifqt.study import sites, theorems
+from minifqt.study import sites, variance
 from minifqt.study.audit import audit
 from minifqt.study.probe import Probe
-from minifqt.study.terms import measure
 
 QUANTIZERS, POINTS = ("ptq", "psq", "bhq"), 64            # compared; of a curve of ranges
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def look(net: Layer, batch: tuple[Array, Array], draws: int, seed: int = 0,
-         label_smoothing: float = 0.0) -> dict:
-    """What the page shows of one step of a network: its terms, codes, ranges, and the audit."""
-    with Probe(net, *batch, seed, label_smoothing) as probe:
-        found = theorems.layers(measure(probe, range(draws)))
+def look(net: Layer, batches: Sequence, seed: int = 0, label_smoothing: float = 0.0) -> dict:
+    """What the page shows of one step: terms and sampling over batches, codes and audit of one."""
+    found = variance.terms(net, batches, None, 0, seed, label_smoothing)
+    sampled, _ = variance.sampling(net, batches, label_smoothing)
+    with Probe(net, *batches[0], seed, label_smoothing) as probe:
         specs = {site: probe.specs[site] for site in probe.sites}
         errors = {site: dy for site, dy in probe.errors.items() if site.endswith(".grad_x")}
         loss = float(probe.loss)
-    return {"loss": loss, "terms": found.terms, "total": found.total, "specs": specs,
+    return {"loss": loss, "sampling": sampled, "terms": found, "specs": specs,
+            "total": sum(mean for mean, _ in found.values()),
             "codes": {site: [_codes(name, bits_of(specs[site]), dy) for name in QUANTIZERS]
                       for site, dy in errors.items()},
-            "audit": audit(net, *batch, seed, label_smoothing)}
+            "audit": audit(net, *batches[0], seed, label_smoothing)}
 
 
 def bits_of(spec: str) -> int:
@@ -55,7 +55,7 @@ def page(data: dict) -> str:
     """The whole file.
 
     data  title, config (flat), curves (lines of metrics.jsonl), choices (lines of bits.jsonl) and
-          points: `look` of each, with name, step, epoch and sampling (variance)
+          points: `look` of each, with name, step and epoch
     """
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text().replace("@DATA", text)

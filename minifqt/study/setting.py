@@ -4,7 +4,6 @@ A run of train.py at one of its checkpoints or at any step between, rebuilt from
 or, without a run, resnet8 that has learnt the digits for some epochs. The only file of the
 laboratory that knows data sets, models and train.py. Next: probe.py.
 """
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from minifqt.layers.base import Quantized
 from minifqt.recipes import Recipe
 from minifqt.study.probe import Probe
 from minifqt.study.replay import PLACES, change
+
 
 class Setting:
     """net (fused, in training mode), loader, optimizer, config and progress.

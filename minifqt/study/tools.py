@@ -12,15 +12,16 @@ import numpy as np
 from tqdm import tqdm
 
 from minifqt import autobits, checkpoint
+from minifqt.autobits import BITS
 from minifqt.quantizers.base import AUTO
+from minifqt.study import variance
 from minifqt.study.audit import audit
 from minifqt.study.claims import BATCHES, seconds, table
 from minifqt.study.page import look, page
 from minifqt.study.replay import replay
 from minifqt.study.setting import Setting
-from minifqt.study.variance import sampling
 
-PAGE_BATCHES, PAGE_DRAWS = 8, 4                           # of each step that a page shows
+PAGE_BATCHES = 8                                          # at each step that a page shows
 
 
 def study_replay(flags, setting):
@@ -78,22 +79,28 @@ def study_audit(flags, setting):
 
 def study_bits(flags, setting):
     """The cheapest bits of each layer for a budget, beside the same bits everywhere."""
-    recipe, draws = setting.recipe, range(flags.draws or 4)
+    recipe = setting.recipe
     spec = recipe.grad_x if AUTO in recipe.grad_x else re.sub(r"\d+$", AUTO, recipe.grad_x)
     if AUTO not in spec:
-        raise ValueError(f"bits: {recipe.grad_x} has no bits to choose: give --recipe bhq5, psq4, …")
-    sampled, _ = sampling(setting.net, tqdm(setting.batches(BATCHES), leave=False, disable=None),
-                          setting.config["label_smoothing"])
-    budget, rows = flags.alpha * sampled, []
+        raise ValueError(f"{recipe.grad_x} has no bits to choose: give --recipe bhq5, psq4, …")
+    smoothing, batches = setting.config["label_smoothing"], setting.batches(BATCHES)
+    sampled, _ = variance.sampling(setting.net, tqdm(batches, leave=False, disable=None), smoothing)
+    batches = batches[:flags.draws or autobits.NOISY]
     with setting.probe(flags.seed) as probe:
-        places = {site: (spec, 8) for site in probe.sites if site.endswith(".grad_x")}
-        passes = (len(autobits.BITS) + 4) * len(draws) * (len(places) + 1)
+        costs = {site: probe.multiplies(site) for site in probe.sites if site.endswith(".grad_x")}
+        passes = (len(autobits.BITS) + 4) * len(batches) * (len(costs) + 3)
         print(f"about {passes} backward passes: about {passes * seconds(probe):.0f} s")
-        found = autobits.fewest(probe, places, budget, draws)
-        for b in tqdm(autobits.BITS, "equal bits", leave=False, disable=None):
-            equal = autobits.measured(probe, places, dict.fromkeys(found.bits, b), draws)
-            rows.append({"bits": b, "total": equal.total})
-        weights = {site: probe.multiplies(site) for site in found.bits}
+
+    def terms(bits):
+        specs = {site: spec.replace(AUTO, str(b)) for site, b in bits.items()}
+        found = variance.terms(setting.net, batches, specs, 0, flags.seed, smoothing)
+        return {site: mean for site, (mean, _) in found.items()}
+
+    budget = flags.alpha * sampled
+    found = autobits.fewest(terms, costs, dict.fromkeys(costs, BITS[-1]), budget)
+    rows = [{"bits": b, "total": autobits.measured(terms, costs, dict.fromkeys(
+        found.bits, b)).total} for b in tqdm(BITS, "equal bits", leave=False, disable=None)]
+    weights = {site: costs[site] for site in found.bits}
     text = table(["site", "bits", "its term", "share of the variance", "share of the multiplies"], [
         [site, str(b), f"{found.terms[site]:.3g}", f"{found.terms[site] / found.total:.1%}",
          f"{weights[site] / sum(weights.values()):.1%}"] for site, b in found.bits.items()])
@@ -117,13 +124,10 @@ def study_report(flags, setting):
         raise ValueError("report looks at a run of train.py: give its folder, as in runs/NAME.")
     folder, points = run_folder(flags.run), []
     for name, other in points_of(flags, folder):
-        batches = other.batches(PAGE_BATCHES)
         print(f"{name}: {other}")
-        sampled, _ = sampling(other.net, tqdm(batches, leave=False, disable=None),
-                              setting.config["label_smoothing"])
-        points.append({"name": name, "step": other.progress.step, "sampling": sampled,
+        points.append({"name": name, "step": other.progress.step,
                        "epoch": other.progress.step / len(other.loader)}
-                      | look(other.net, batches[0], flags.draws or PAGE_DRAWS, flags.seed,
+                      | look(other.net, other.batches(flags.draws or PAGE_BATCHES), flags.seed,
                              setting.config["label_smoothing"]))
     config = {key: value for key, value in setting.config.items() if not isinstance(value, dict)}
     text = page({"title": str(setting), "config": config, "points": points,

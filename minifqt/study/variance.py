@@ -3,12 +3,13 @@
 Q_b2 alone is varied; Q_b1, 8 bits per tensor in every recipe, stands beside it. Source: arXiv
 2010.14298, the figure of gradient variance against bits.
 """
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from minifqt.layers import Layer
 from minifqt.study.probe import Probe
+from minifqt.study.terms import sizes
 
 
 def quantization(probe: Probe, spec: str, draws: Iterable[int], place: str = "grad_x") -> tuple:
@@ -38,6 +39,25 @@ def sampling(net: Layer, batches: Iterable, label_smoothing: float = 0.0) -> tup
         raise ValueError(f"{count} batches: a variance needs at least two.")
     variance = squares / (count - 1)
     return variance, float(mean @ mean) - variance / count
+
+
+def terms(net: Layer, batches: Sequence, specs: Mapping[str, str] | None = None, first: int = 0,
+          seed: int = 0, label_smoothing: float = 0.0) -> dict[str, tuple[float, float]]:
+    """Site → its term of Theorem 2 and the standard error: mean over batches, one draw of each.
+
+    specs  site → quantizer, where it is not the network's;  first  number of the first draw
+    """
+    found = []
+    for draw, (x, labels) in enumerate(batches, first):
+        with Probe(net, x, labels, seed, label_smoothing) as probe:
+            found.append(sizes(probe, draw, specs))
+    return {site: mean_and_error([one[site] for one in found]) for site in found[0]}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 of one value)."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(error)
 
 
 def slopes(variances: dict[int, float]) -> dict[int, float]:
