@@ -1,9 +1,9 @@
 """Fixtures of several files: what a test may set, and finds as it was afterwards."""
 import pytest
-from tiny import digits
+from tiny import QUICK, digits
 
 import data
-from minifqt import backend
+from minifqt import autobits, backend
 from minifqt.kernels import blas
 from minifqt.kernels.cpu import choice
 
@@ -32,6 +32,13 @@ def small(monkeypatch, tmp_path):
     threads = backend.threads()
     yield tmp_path
     backend.set_threads(threads)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Automatic bits are chosen from few measurements."""
+    for name, value in QUICK:
+        monkeypatch.setattr(autobits, name, value)
 
 
 @pytest.fixture

@@ -174,13 +174,6 @@ def test_the_layer_quantizes_with_the_bits_that_were_chosen():
 # ---- in training ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Choices from few measurements."""
-    for name, value in (("BATCHES", 2), ("NOISY", 1), ("ROUNDS", 2)):
-        monkeypatch.setattr(autobits, name, value)
-
-
 def loader(net, batch_size=16):
     return Loader(digits(64)[0], batch_size, net.streams, train=True, padding=1)
 

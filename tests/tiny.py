@@ -16,6 +16,7 @@ from minifqt.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, S
 from minifqt.run import Run
 
 LOAD = data.load
+QUICK = (("BATCHES", 2), ("NOISY", 1), ("ROUNDS", 2))     # of minifqt.autobits
 
 
 def digits(count=96):
