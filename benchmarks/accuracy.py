@@ -218,11 +218,23 @@ class Training:
             "best_acc": max(curve["test_acc"], default=None),
             "train_loss": None if diverged else curve["train_loss"][-1],
             "seconds": round(seconds, 2),
+            "average_bits": average_bits(self.folder / "bits.jsonl", epochs),
             "diverged": re.sub(f"^error: | {re.escape(str(self.folder))}.*", "", last)
                         if diverged else None,            # what to do next is no result
             "commits": list(dict.fromkeys(start["commit"] for start in starts)),
             "dirty": any(start["dirty"] for start in starts),
             "curve": curve}
+
+
+def average_bits(path, epochs):
+    """Of a run whose bits were chosen on the way, over its steps; None for another."""
+    if not path.exists() or not epochs:
+        return None
+    choices = read(path)
+    ends = [choice["step"] for choice in choices[1:]] + [epochs[-1]["step"]]
+    steps = [end - choice["step"] for choice, end in zip(choices, ends, strict=True)]
+    return round(sum(n * choice["average"] for n, choice in zip(steps, choices, strict=True))
+                 / sum(steps), 3)
 
 
 if __name__ == "__main__":

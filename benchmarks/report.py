@@ -4,12 +4,14 @@ import statistics
 
 from variance import QUANTIZERS, save_picture
 
+AUTO = 0.5                                                # the bits of an -auto: the last column
+
 
 def table(runs):
     """Markdown: one row a quantizer, mean test accuracy in per cent ± sample standard deviation."""
     found = by_quantizer(runs)
     columns = [None, *bits_of(found)]
-    heads = ["float32" if bits is None else f"{bits} bits" for bits in columns]
+    heads = [title(bits) for bits in columns]
     lines = [f"| gradients | {' | '.join(heads)} |", "|---|" + "---|" * len(columns)]
     for name in dict.fromkeys(name for name, _ in found):
         cells = [cell(found.get((name, bits), [])) for bits in columns]
@@ -24,11 +26,15 @@ def table(runs):
 
 
 def by_quantizer(runs):
-    """{("bhq", 5): its runs}, in the order of a table; fp32's bits are None, and so are qat8's."""
+    """{("bhq", 5): its runs}, in the order of a table; fp32's and qat8's bits are None.
+
+    Those of bhq-auto are AUTO.
+    """
     order, found = ["fp32", "qat8", *QUANTIZERS], {}
     for run in runs:
-        name, bits = re.fullmatch(r"(.+?)(\d+)", run["recipe"]).groups()
-        key = (run["recipe"], None) if run["recipe"] in order else (name, int(bits))
+        name, bits = re.fullmatch(r"(.+?)(\d+|-auto)", run["recipe"]).groups()
+        key = ((run["recipe"], None) if run["recipe"] in order else
+               (name, AUTO if bits == "-auto" else int(bits)))
         found.setdefault(key, []).append(run)
 
     def place(key):
@@ -39,6 +45,10 @@ def by_quantizer(runs):
 
 def bits_of(found):
     return sorted({bits for _, bits in found if bits}, reverse=True)
+
+
+def title(bits):
+    return {None: "float32", AUTO: "automatic"}.get(bits, f"{bits} bits")
 
 
 def seeds_of(runs):
@@ -52,6 +62,8 @@ def cell(runs):
         return "diverged" if runs else ""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     text = f"{statistics.fmean(values):.2f}{spread}"
+    bits = [run["average_bits"] for run in runs if run.get("average_bits")]
+    text += f" ({statistics.fmean(bits):.2f} bits)" if bits else ""
     lost = len(runs) - len(values)
     return f"{lost} of {len(runs)} diverged, else {text}" if lost else text
 
@@ -82,7 +94,7 @@ def draw(runs, path):
                 axes[row, column].plot(range(1, len(means) + 1), means, color=colour, label=label,
                                        linewidth=1)
     for bits, (top, bottom) in zip(columns, axes.T, strict=True):
-        top.set_title(f"{bits} bits" if bits else "float32", fontsize=10)
+        top.set_title(title(bits), fontsize=10)
         top.set_yscale("log")
         bottom.set_xlabel("epoch")
         for axis in (top, bottom):
