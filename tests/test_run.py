@@ -318,6 +318,20 @@ def test_resume_uses_the_runs_settings_and_refuses_others(capsys):
 
 
 @pytest.mark.usefixtures("small")
+def test_a_run_of_a_recipe_that_means_something_else_today_is_not_resumed(capsys):
+    assert train.main(["--epochs", "1", "--out", "a"]) == 0
+    arrays, meta = checkpoint.load(Path("a/last.safetensors"))
+    for field, value, status in (("alpha", None, 0), ("grad_w", "ptq7", 1)):
+        recipe = {**meta["config"]["recipe_fields"], field: value}
+        older = {key: value for key, value in recipe.items() if value is not None}
+        checkpoint.save(Path("a/last.safetensors"), arrays,
+                        {**meta, "config": {**meta["config"], "recipe_fields": older}})
+        assert train.main(["--resume", "a"]) == status    # a field that is newer is no objection
+    assert "'ptq7'" in (said := capsys.readouterr().err)
+    assert "resume it with the version that began it" in said
+
+
+@pytest.mark.usefixtures("small")
 def test_a_folder_that_holds_a_run_is_not_overwritten(capsys):
     assert train.main(["--epochs", "1", "--out", "a"]) == 0
     before = Path("a/last.safetensors").read_bytes()

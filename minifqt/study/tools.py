@@ -21,7 +21,7 @@ from minifqt.study.page import look, page
 from minifqt.study.replay import replay
 from minifqt.study.setting import Setting
 
-PAGE_BATCHES = 8                                          # at each step that a page shows
+PAGE_BATCHES = 4                                          # at each step that a page shows
 
 
 def study_replay(flags, setting):
@@ -122,12 +122,15 @@ def study_report(flags, setting):
     """One page of a run: at its start, its best and its last checkpoint, and at --step."""
     if not setting.is_run:
         raise ValueError("report looks at a run of train.py: give its folder, as in runs/NAME.")
-    folder, points = run_folder(flags.run), []
+    folder, points, batches = run_folder(flags.run), [], flags.draws or PAGE_BATCHES
+    with setting.probe(flags.seed) as probe:              # and as much again for the audits
+        each = (len(probe.sites) // 2 + 8) * batches * 2 * seconds(probe)
+    print(f"three steps or four, about {each:.0f} s each")
     for name, other in points_of(flags, folder):
         print(f"{name}: {other}")
         points.append({"name": name, "step": other.progress.step,
                        "epoch": other.progress.step / len(other.loader)}
-                      | look(other.net, other.batches(flags.draws or PAGE_BATCHES), flags.seed,
+                      | look(other.net, other.batches(batches), flags.seed,
                              setting.config["label_smoothing"]))
     config = {key: value for key, value in setting.config.items() if not isinstance(value, dict)}
     text = page({"title": str(setting), "config": config, "points": points,
