@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def reach(setting, flags):
     """The step that is asked for, or what is learnt without a run."""
-    if setting.ahead and flags.study != "report":         # which trains on itself
+    if setting.ahead and flags.study not in ("report", "variance"):   # they look at more steps
         print(f"training {setting.ahead} steps, those of the run, to its step {flags.step}")
         setting.train(setting.ahead)
     if not setting.is_run and flags.step is None and flags.study != "variance":

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minifqt.study import sites, theorems, variance
+from minifqt.study.setting import points_of
 from minifqt.study.terms import along_site, measure
 
 PILOT, BATCHES, MARGIN = 32, 32, 1.25                    # draws that tell how many are needed
@@ -78,22 +79,19 @@ def study_layers(flags, setting):
 
 def study_variance(flags, setting):
     """Variance against bits at the start, in the middle and at the end of learning, or of a run."""
-    points, lines = [], []
-    halves = [0] if setting.is_run else [0, flags.epochs // 2, flags.epochs - flags.epochs // 2]
-    draws, names = range(flags.draws or 8), flags.quantizers.split(",")
+    points, lines, draws = [], [], range(flags.draws or 8)
+    names, smoothing = flags.quantizers.split(","), setting.config["label_smoothing"]
     with setting.probe(flags.seed) as probe:
-        passes = len(halves) * (len(draws) * (7 * len(names) + 1) + 2 * BATCHES)
+        passes = 3 * (len(draws) * (7 * len(names) + 1) + 2 * BATCHES)
         print(f"{passes} backward passes: about {passes * seconds(probe):.0f} s, and the learning")
-    for epochs in halves:
-        setting.learn(epochs)
-        sampled, _ = variance.sampling(setting.net, tqdm(
-            setting.batches(BATCHES), leave=False, disable=None), setting.config["label_smoothing"])
-        with setting.probe(flags.seed) as probe:
+    for where, at in stages(flags, setting):
+        sampled, _ = variance.sampling(at.net, tqdm(at.batches(BATCHES), where, leave=False,
+                                                    disable=None), smoothing)
+        with at.probe(flags.seed) as probe:
             grad_w, _ = variance.quantization(probe, "ptq8", draws, "grad_w")
             found = {name: {b: variance.quantization(probe, f"{name}{b}", draws)
                             for b in tqdm(range(2, 9), name, leave=False, disable=None)}
                      for name in names}
-        where = f"epoch {setting.progress.epoch}"
         slopes = {name: variance.slopes({b: v for b, (v, _) in by_bits.items()})
                   for name, by_bits in found.items()}
         points.append({"where": where, "sampling": sampled, "grad_w": grad_w,
@@ -106,6 +104,17 @@ def study_variance(flags, setting):
                 f"{v:.2f}" for v in slopes[name].values())])
     return ({"network": str(setting), "draws": len(draws), "points": points},
             table(["", "total variance", *(f"{b} bits" for b in range(2, 9))], lines), True)
+
+
+def stages(flags, setting):
+    """(where, Setting) of a run's checkpoints, or of what learns meanwhile."""
+    if setting.is_run:
+        for name, other in points_of(flags.run, flags.step, flags.data_dir, flags.device):
+            yield f"{name}, epoch {other.progress.epoch}", other
+    else:
+        for epochs in (0, flags.epochs // 2, flags.epochs - flags.epochs // 2):
+            setting.learn(epochs)
+            yield f"epoch {setting.progress.epoch}", setting
 
 
 def study_bounds(flags, setting):

@@ -4,6 +4,7 @@ A run of train.py at one of its checkpoints or at any step between, rebuilt from
 or, without a run, resnet8 that has learnt the digits for some epochs. The only file of the
 laboratory that knows data sets, models and train.py. Next: probe.py.
 """
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -142,3 +143,28 @@ def start_of(source: Path, step: int | None) -> tuple[dict, dict]:
     early = [pair for pair in found if pair[1]["progress"]["step"] <= step]
     return max(early, key=lambda pair: pair[1]["progress"]["step"],
                default=({}, {**found[0][1], "progress": {}}))
+
+
+def points_of(run: str, step: int | None, data_dir: str, device: str) -> Iterator:
+    """(name, Setting) of a run's start, best and last checkpoint, and `step`: in order."""
+    folder, asked = folder_of(run), {0: ("start", 0)}
+    if step is not None:
+        asked[step] = (f"step {step}", step)
+    for name in ("best", "last"):
+        file = folder / f"{name}.safetensors"
+        if file.exists():
+            _, meta = checkpoint.load(file)
+            asked[meta["progress"]["step"]] = (name, file)
+    for _, (name, where) in sorted(asked.items()):
+        at_step = isinstance(where, int)
+        setting = Setting(str(folder if at_step else where), where if at_step else None, data_dir,
+                          device=device)
+        setting.train(setting.ahead)
+        setting.settle()
+        yield name, setting
+
+
+def folder_of(run: str) -> Path:
+    """The folder of a run, or of the run that this is a checkpoint of."""
+    path = Path(run)
+    return path.parent if path.suffix == ".safetensors" else path

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minifqt import autobits, checkpoint
+from minifqt import autobits
 from minifqt.autobits import BITS
 from minifqt.quantizers.base import AUTO
 from minifqt.study import variance
@@ -19,7 +19,7 @@ from minifqt.study.audit import audit
 from minifqt.study.claims import BATCHES, seconds, table
 from minifqt.study.page import look, page
 from minifqt.study.replay import replay
-from minifqt.study.setting import Setting
+from minifqt.study.setting import folder_of, points_of
 
 PAGE_BATCHES = 4                                          # at each step that a page shows
 
@@ -122,11 +122,11 @@ def study_report(flags, setting):
     """One page of a run: at its start, its best and its last checkpoint, and at --step."""
     if not setting.is_run:
         raise ValueError("report looks at a run of train.py: give its folder, as in runs/NAME.")
-    folder, points, batches = run_folder(flags.run), [], flags.draws or PAGE_BATCHES
+    folder, points, batches = folder_of(flags.run), [], flags.draws or PAGE_BATCHES
     with setting.probe(flags.seed) as probe:              # and as much again for the audits
         each = (len(probe.sites) // 2 + 8) * batches * 2 * seconds(probe)
     print(f"three steps or four, about {each:.0f} s each")
-    for name, other in points_of(flags, folder):
+    for name, other in points_of(flags.run, flags.step, flags.data_dir, flags.device):
         print(f"{name}: {other}")
         points.append({"name": name, "step": other.progress.step,
                        "epoch": other.progress.step / len(other.loader)}
@@ -142,29 +142,6 @@ def study_report(flags, setting):
     return ({"network": str(setting), "points": [
         {key: point[key] for key in ("name", "step", "sampling", "terms", "total")}
         for point in points]}, f"{path}: open it in a browser ({len(text) / 1e6:.1f} MB)", True)
-
-
-def points_of(flags, folder):
-    """(name, Setting) of each step that the page shows, in their order, none twice."""
-    asked = [] if flags.step is None else [(flags.step, f"step {flags.step}", folder, flags.step)]
-    asked.append((0, "start", folder, 0))
-    for name in ("best", "last"):
-        file = folder / f"{name}.safetensors"
-        if file.exists():
-            _, meta = checkpoint.load(file)
-            asked.append((meta["progress"]["step"], name, file, None))
-    for _, name, source, step in sorted({point[0]: point for point in asked}.values(),
-                                        key=lambda point: point[0]):
-        setting = Setting(str(source), step, flags.data_dir, device=flags.device)
-        setting.train(setting.ahead)
-        setting.settle()
-        yield name, setting
-
-
-def run_folder(source):
-    """Of a run or one of its checkpoints."""
-    path = Path(source)
-    return path.parent if path.suffix == ".safetensors" else path
 
 
 def lines_of(path):
