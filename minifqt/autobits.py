@@ -6,24 +6,29 @@ times the sampling variance, at the least cost Σ bits · multiplies. Bits depen
 and noise of their own, never on the noise that training rounds with: Theorem 1 still holds.
 """
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
-from minifqt.checkpoint import write_atomically
+from minifqt.backend import one_blas_thread
+from minifqt.checkpoint import json_lines, write_atomically
 from minifqt.layers import Layer
 from minifqt.layers.base import Quantized
 from minifqt.quantizers.base import AUTO, Automatic
+from minifqt.rng import NonFiniteError
 from minifqt.study import variance
 from minifqt.study.probe import Probe
+from minifqt.training import DivergedError
 
 BITS = range(2, 9)
-EVERY, FIRST = 1000, 32                                   # steps; before 1000 at 32, 64, 128, …
-BATCHES, NOISY, ROUNDS = 8, 4, 6                          # of a choice; NOISY of them for the terms
+EVERY, FIRST = 1000, 64                                   # steps; before 1000 at 64, 128, 256, 512
+BATCHES, NOISY, ROUNDS = 8, 3, 6                          # of a choice; NOISY of them for the terms
 APART = 1 << 40                                           # from the seeds of training: other noise
-TRUSTED = 5                                               # bits down to which the law holds
+TRUSTED, WORTH = 5, 0.98                                  # bits down to which the law holds; gain
 
 
 @dataclass
@@ -78,22 +83,27 @@ class AutoBits:
                 yield batch
 
     def choose(self, step: int, batches: Sequence) -> Bits:
-        """Measure on these batches (x, labels), set the bits and log them."""
+        """Measure on these batches (x, labels), set the bits and log them.  DivergedError."""
+        try:
+            with self.net.streams.at(step), one_blas_thread():
+                return self._choose(step, batches)
+        except NonFiniteError as error:
+            raise DivergedError(f"bits before step {step}: {error}") from None
+
+    def _choose(self, step, batches):
         sampling, _ = variance.sampling(self.net, batches, self.label_smoothing)
         with Probe(self.net, *batches[0], 0, self.label_smoothing) as probe:
             costs = {site: probe.multiplies(site) for site in self.places if site in probe.sites}
-
-        def terms(bits):                                  # with noise of this choice's own
-            specs = {site: self.places[site].recipe.replace(AUTO, str(b))
-                     for site, b in bits.items()}
-            found = variance.terms(self.net, batches[:NOISY], specs, NOISY * step,
-                                   APART + self.net.streams.seed, self.label_smoothing)
-            return {site: mean for site, (mean, _) in found.items()}
-
+        noise = Noise(self.net, batches[:NOISY], {site: self.places[site].recipe for site in costs},
+                      APART + self.net.streams.seed, step, self.label_smoothing)
         bits = {site: self.places[site].bits for site in costs}
-        found = fewest(terms, costs, bits, self.alpha * sampling)
+        found = fewest(noise, costs, bits, self.alpha * sampling)
         for site, b in found.bits.items():
             self.places[site].bits = b
+        if found.total > self.alpha * sampling:
+            logging.getLogger("minifqt").warning(
+                "step %d: quantization variance is %.2g of the sampling variance, alpha %g cannot "
+                "be kept.", step, found.total / sampling, self.alpha)
         self._note({"step": step, "sampling": sampling, "budget": self.alpha * sampling}
                    | asdict(found))
         return found
@@ -101,10 +111,35 @@ class AutoBits:
     def _note(self, line):
         """Lines of this step and later ones are of a run that was cut off."""
         if self.log is not None:
-            lines = self.log.read_text().splitlines() if self.log.exists() else []
-            kept = [old for old in lines if json.loads(old)["step"] < line["step"]]
+            kept = [old for old in json_lines(self.log) if old["step"] < line["step"]]
             write_atomically(self.log, "".join(
-                f"{text}\n" for text in [*kept, json.dumps(line)]).encode())
+                f"{json.dumps(each)}\n" for each in [*kept, line]).encode())
+
+
+class Noise:
+    """The quantization variance of a network on some batches, each time with noise of its own.
+
+    recipes  site → "bhq-auto", of the sites whose bits are asked for;  step  of the training
+    """
+
+    def __init__(self, net: Layer, batches: Sequence, recipes: dict[str, str], seed: int, step: int,
+                 label_smoothing: float = 0.0):
+        self.net, self.batches, self.recipes = net, batches, recipes
+        self.seed, self.label_smoothing = seed, label_smoothing
+        self._draws = count(step << 16, len(batches))
+
+    def terms(self, bits: dict[str, int]) -> dict[str, float]:
+        """Site → its term of Theorem 2, of all sites of the network."""
+        return {site: mean for site, (mean, _) in self._ask(variance.terms, bits).items()}
+
+    def total(self, bits: dict[str, int]) -> float:
+        """Their sum, in one backward pass a batch."""
+        return self._ask(variance.total, bits)
+
+    def _ask(self, question, bits):
+        specs = {site: self.recipes[site].replace(AUTO, str(b)) for site, b in bits.items()}
+        return question(self.net, self.batches, specs, next(self._draws), self.seed,
+                        self.label_smoothing)
 
 
 def due(step: int, every: int) -> bool:
@@ -113,36 +148,57 @@ def due(step: int, every: int) -> bool:
     return step % every == 0 or early
 
 
-def fewest(terms: Callable, costs: dict[str, int], bits: dict[str, int], budget: float) -> Bits:
+def fewest(noise: Noise, costs: dict[str, int], bits: dict[str, int], budget: float) -> Bits:
     """The cheapest bits whose terms, with those of all other sites, sum to `budget` at most.
 
     What other bits would give is said by the law Var ∝ 1 / (2^b − 1)²; noise from above widens the
-    ranges below, so below TRUSTED bits it is followed for one bit at a time. Proposals are measured
-    until nothing changes. If none fits the budget, those with the least noise.
-    terms  bits → site → variance, of all sites of the network
+    ranges below, so below TRUSTED bits it is followed for one bit at a time, and a proposal whose
+    noise is too large is made again for less of it. What is used was measured to fit. If
+    nothing fits, the bits with the least noise.
     costs  multiplies of each site;  bits  to begin with; who reaches no parameter is left out
     """
-    found = {}
+    found = []
     for _ in range(ROUNDS):
-        now = found[tuple(bits.values())] = measured(terms, costs, bits)
-        fixed = now.total - sum(now.terms[site] for site in now.bits)
-        chosen = cheapest(_units([costs[site] for site in now.bits]),
-                          [_predicted(now.terms[site], b) for site, b in now.bits.items()],
-                          budget - fixed)
-        bits = dict(zip(now.bits, chosen or [BITS[-1]] * len(now.bits), strict=True))
-        if tuple(bits.values()) in found:
+        now = measured(noise, costs, bits)
+        found.append(now)
+        bits = _better(noise, now, costs, budget)
+        if bits is None:
             break
-    return min(found.values(), key=lambda b: (b.total > budget,
-                                              b.total if b.total > budget else b.average))
+    return min(found, key=lambda b: (b.total > budget, b.total if b.total > budget else b.average))
 
 
-def measured(terms: Callable, costs: dict[str, int], bits: dict[str, int]) -> Bits:
+def _better(noise, now, costs, budget):
+    """Bits that fit where `now` does not, or fit and cost less; None where there are none."""
+    if now.total > budget:
+        bits = _proposed(now, costs, budget)
+        return bits if bits != now.bits else None
+    for target in (budget, math.sqrt(budget * now.total), now.total):
+        bits = _proposed(now, costs, target)
+        if average(bits, costs) <= WORTH * now.average and noise.total(bits) <= budget:
+            return bits
+    return None
+
+
+def _proposed(now, costs, target):
+    """What the law takes for the cheapest with this noise; 8 bits where it knows none."""
+    fixed = now.total - sum(now.terms[site] for site in now.bits)
+    chosen = cheapest(_units([costs[site] for site in now.bits]),
+                      [_predicted(now.terms[site], b) for site, b in now.bits.items()],
+                      target - fixed)
+    return dict(zip(now.bits, chosen or [BITS[-1]] * len(now.bits), strict=True))
+
+
+def measured(noise: Noise, costs: dict[str, int], bits: dict[str, int]) -> Bits:
     """What the network's noise is with these bits; sites without any are dropped."""
-    of = terms(bits)
+    of = noise.terms(bits)
     bits = {site: b for site, b in bits.items() if of[site] > 0}
+    return Bits(bits, average(bits, costs), of, sum(of.values()))
+
+
+def average(bits: dict[str, int], costs: dict[str, int]) -> float:
+    """Of bits, weighted by costs."""
     whole = sum(costs[site] for site in bits)
-    average = sum(costs[site] * b for site, b in bits.items()) / max(1, whole)
-    return Bits(bits, average, of, sum(of.values()))
+    return sum(costs[site] * b for site, b in bits.items()) / max(1, whole)
 
 
 def _units(costs):

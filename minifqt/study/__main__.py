@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
              "(conv1.grad_x), and its quantizer: psq4, identity, …")
     add("--quantizers", default="ptq,psq,bhq", help="of variance, bounds, bins; %(default)s")
     add("--bits", type=int, default=4, help="of bounds and bins; %(default)s")
-    add("--alpha", type=float, default=0.1, help="of bits: the budget ÷ sampling variance")
+    add("--alpha", type=float, help="of bits: budget ÷ sampling variance; default: the recipe's")
     add("--layer", help="of bins; default: the first that is quantized backwards, but one")
     add("--draws", type=int, help="of the noise; default: those that are needed, or 16")
     add("--seed", type=int, default=0, help="of the studied noise; without a run also of the net")
@@ -99,7 +99,7 @@ def require(flags):
         raise ValueError(f"--draws {flags.draws}: a variance needs at least 2.")
     if flags.epochs < 0 or flags.seed < 0:
         raise ValueError(f"--epochs {flags.epochs}, --seed {flags.seed}: expected 0 or more.")
-    if not 0 < flags.alpha < float("inf"):
+    if flags.alpha is not None and not 0 < flags.alpha < float("inf"):
         raise ValueError(f"--alpha {flags.alpha}: expected a number above 0.")
     for name in flags.quantizers.split(","):
         minifqt.quantizers.create(name, flags.bits)

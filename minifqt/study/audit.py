@@ -19,7 +19,7 @@ from minifqt.layers import Layer
 from minifqt.layers.base import Quantized
 from minifqt.losses import cross_entropy
 from minifqt.qtensor import QTensor
-from minifqt.study.probe import unchanged
+from minifqt.study.probe import same_modes, unchanged
 
 KINDS = ("fprop", "wgrad", "dgrad")
 
@@ -226,7 +226,7 @@ def audit(net: Layer, x: Array, labels: Array, seed: int = 0, label_smoothing: f
             device.asarray(p.grad)                        # what is begun is ended
         return saved
 
-    with unchanged(net):
+    with same_modes(net), unchanged(net):
         with watched() as calls:
             saved = step()
         rng = np.random.default_rng(seed)

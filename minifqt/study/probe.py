@@ -22,7 +22,8 @@ from minifqt.rng import Streams
 class Probe:
     """net, forward on x (N, …), labels (N,), kept for backward passes. A context manager.
 
-    seed    of the gradients' noise, which is apart from the network's own
+    seed    of the gradients' noise, which is apart from the network's own; what is rounded forward
+            takes the noise of the network's step (`net.streams.step`)
     sites   names in the order in which backward meets them, the last layer's first
     specs   site → quantizer, as the network's recipe has it
     blocks  parameter → where it is in a gradient (P,)
@@ -43,18 +44,21 @@ class Probe:
         self._bound = {site: getattr(layer.q, place) for site, (layer, place) in places.items()}
         self._noise = {site: Streams(seed, net.streams.device) for site in places}
         self.specs = {site: bound.spec for site, bound in self._bound.items()}
-        self._stack.callback(net.train, net.training)
+        self._stack.enter_context(same_modes(net))
         self._stack.callback(self._set, self._bound)
         self._stack.enter_context(net.keep_saved())
-        x, labels = (net.streams.device.asarray(v) for v in (x, labels))
-        with unchanged(net):
-            self.loss, self._dlogits = cross_entropy(net.train().forward(x), labels,
-                                                     label_smoothing)
-        self.blocks, start = {}, 0
+        self.blocks, self.errors, start = {}, {}, 0
         for name, p in net.params().items():
             self.blocks[name] = slice(start, start := start + p.data.size)
-        self.errors = {}
-        self.exact = self.gradient({}, through=dict.fromkeys(places, self._keep_error))
+        try:
+            x, labels = (net.streams.device.asarray(v) for v in (x, labels))
+            with unchanged(net):
+                self.loss, self._dlogits = cross_entropy(net.train().forward(x), labels,
+                                                         label_smoothing)
+            self.exact = self.gradient({}, through=dict.fromkeys(places, self._keep_error))
+        except BaseException:
+            self._stack.close()                           # nobody has entered it to leave it
+            raise
         self.sites = list(self.errors)
 
     def __enter__(self):
@@ -106,6 +110,19 @@ class Probe:
     def _keep_error(self, t):
         self.errors[t.name] = t.codes
         return t
+
+
+@contextmanager
+def same_modes(net: Layer):
+    """Afterwards each layer is in training or evaluation as it was before."""
+    before = [(layer, layer.training) for _, layer in net.walk()]
+    try:
+        yield
+    finally:
+        for layer, training in before:
+            layer.training = training
+            if isinstance(layer, Quantized):
+                layer.q.act.training = training
 
 
 @contextmanager

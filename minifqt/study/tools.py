@@ -79,27 +79,22 @@ def study_audit(flags, setting):
 
 def study_bits(flags, setting):
     """The cheapest bits of each layer for a budget, beside the same bits everywhere."""
-    recipe = setting.recipe
-    spec = recipe.grad_x if AUTO in recipe.grad_x else re.sub(r"\d+$", AUTO, recipe.grad_x)
+    recipe, smoothing = setting.recipe, setting.config["label_smoothing"]
+    spec = recipe.grad_x if AUTO in recipe.grad_x else re.sub(r"\d+(?=$|:)", AUTO, recipe.grad_x)
     if AUTO not in spec:
         raise ValueError(f"{recipe.grad_x} has no bits to choose: give --recipe bhq5, psq4, …")
-    smoothing, batches = setting.config["label_smoothing"], setting.batches(BATCHES)
-    sampled, _ = variance.sampling(setting.net, tqdm(batches, leave=False, disable=None), smoothing)
-    batches = batches[:flags.draws or autobits.NOISY]
+    batches, alpha = setting.batches(BATCHES), flags.alpha or recipe.alpha
+    some = batches[:flags.draws or autobits.NOISY]
     with setting.probe(flags.seed) as probe:
         costs = {site: probe.multiplies(site) for site in probe.sites if site.endswith(".grad_x")}
-        passes = (len(autobits.BITS) + 4) * len(batches) * (len(costs) + 3)
+        passes = 2 * BATCHES + len(some) * (4 * (len(costs) + 3) + 3 * (len(BITS) + 6))
         print(f"about {passes} backward passes: about {passes * seconds(probe):.0f} s")
-
-    def terms(bits):
-        specs = {site: spec.replace(AUTO, str(b)) for site, b in bits.items()}
-        found = variance.terms(setting.net, batches, specs, 0, flags.seed, smoothing)
-        return {site: mean for site, (mean, _) in found.items()}
-
-    budget = flags.alpha * sampled
-    found = autobits.fewest(terms, costs, dict.fromkeys(costs, BITS[-1]), budget)
-    rows = [{"bits": b, "total": autobits.measured(terms, costs, dict.fromkeys(
-        found.bits, b)).total} for b in tqdm(BITS, "equal bits", leave=False, disable=None)]
+    sampled, _ = variance.sampling(setting.net, tqdm(batches, leave=False, disable=None), smoothing)
+    noise, budget = autobits.Noise(setting.net, some, dict.fromkeys(costs, spec), flags.seed, 0,
+                                   smoothing), alpha * sampled
+    found = autobits.fewest(noise, costs, dict.fromkeys(costs, BITS[-1]), budget)
+    rows = [{"bits": b, "total": noise.total(dict.fromkeys(found.bits, b))}
+            for b in tqdm(BITS, "equal bits", leave=False, disable=None)]
     weights = {site: costs[site] for site in found.bits}
     text = table(["site", "bits", "its term", "share of the variance", "share of the multiplies"], [
         [site, str(b), f"{found.terms[site]:.3g}", f"{found.terms[site] / found.total:.1%}",
@@ -108,12 +103,12 @@ def study_bits(flags, setting):
                   [["total variance", *(f"{row['total']:.3g}" for row in rows)]])
     fixed = sum(term for site, term in found.terms.items() if site not in found.bits)
     needed = bits_of_equal(rows, found.total)
-    text += (f"sampling variance {sampled:.3g}; budget, {flags.alpha:g} of it, {budget:.3g}; "
+    text += (f"sampling variance {sampled:.3g}; budget, {alpha:g} of it, {budget:.3g}; "
              f"total {found.total:.3g}, of which {fixed:.3g} by sites that keep their bits\n"
              f"{found.average:.2f} bits on average; equal bits of the same variance: {needed:.2f}"
              + ("" if found.total <= budget else "\nthe budget cannot be kept: the sites that keep "
                 "their bits, or 8 bits everywhere, need more"))
-    return ({"network": str(setting), "spec": spec, "alpha": flags.alpha, "sampling": sampled,
+    return ({"network": str(setting), "spec": spec, "alpha": alpha, "sampling": sampled,
              "budget": budget, "equal": rows, "equal_bits": needed, "multiplies": weights,
              **asdict(found)}, text, found.total <= budget)
 

@@ -54,6 +54,17 @@ def terms(net: Layer, batches: Sequence, specs: Mapping[str, str] | None = None,
     return {site: mean_and_error([one[site] for one in found]) for site in found[0]}
 
 
+def total(net: Layer, batches: Sequence, specs: Mapping[str, str] | None = None, first: int = 0,
+          seed: int = 0, label_smoothing: float = 0.0) -> float:
+    """The sum of all `terms` in one backward pass a batch: mean of ‖FQT − QAT gradient‖²."""
+    found = []
+    for draw, (x, labels) in enumerate(batches, first):
+        with Probe(net, x, labels, seed, label_smoothing) as probe:
+            noise = probe.gradient(dict.fromkeys(probe.sites, draw), specs) - probe.exact
+            found.append(float(noise @ noise))
+    return float(np.mean(found))
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error (0 of one value)."""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
