@@ -164,7 +164,7 @@ def resumed(flags, arguments):
             raise ValueError(f"--{key.replace('_', '-')} {value}: the run in {flags.resume} has "
                              f"{config[key]}, and a resumed run keeps its settings. Leave the "
                              "flag out, or start a new run.")
-    fields, now = config["recipe_fields"], asdict(recipe_of(config["recipe"]))
+    fields, now = config.get("recipe_fields", {}), asdict(recipe_of(config["recipe"]))
     if now | fields != now:
         raise ValueError(f"{flags.resume} was trained with {fields}, and {config['recipe']} is "
                          f"{now} today: resume it with the version that began it.")

@@ -230,8 +230,9 @@ def average_bits(path, epochs):
     """Of a run whose bits were chosen on the way, over its steps; None for another."""
     if not path.exists() or not epochs:
         return None
-    choices = read(path)
-    ends = [choice["step"] for choice in choices[1:]] + [epochs[-1]["step"]]
+    last = epochs[-1]["step"]                             # a choice may follow, of a step that was
+    choices = [choice for choice in read(path) if choice["step"] < last]              # not finished
+    ends = [choice["step"] for choice in choices[1:]] + [last]
     steps = [end - choice["step"] for choice, end in zip(choices, ends, strict=True)]
     return round(sum(n * choice["average"] for n, choice in zip(steps, choices, strict=True))
                  / sum(steps), 3)

@@ -16,6 +16,7 @@ from minifqt import autobits
 from minifqt.autobits import AutoBits, cheapest, due, fewest
 from minifqt.quantizers.base import Automatic
 from minifqt.study import variance
+from minifqt.training import DivergedError
 
 
 def law(term, now):
@@ -147,6 +148,30 @@ def test_choosing_changes_nothing_but_the_bits_and_knows_no_noise_of_training():
     assert nets[0].training
 
 
+def test_a_choice_is_a_function_of_its_step_where_the_forward_pass_is_noisy():
+    found = []
+    for now in (0, 77):
+        net = probed("psq-auto,weight=sym4:stochastic")
+        net.streams.step = now
+        found.append(AutoBits(net, None, 0.02).choose(5, batches()))
+    assert found[0] == found[1]
+    assert AutoBits(net, None, 0.02).choose(6, batches()).terms != found[0].terms
+
+
+def test_a_choice_that_meets_nan_is_a_divergence():
+    net = probed("psq-auto")
+    net.params()["0.weight"].data[:] = np.nan
+    with pytest.raises(DivergedError, match="bits before step 5: 0.weight: NaN or infinity"):
+        AutoBits(net, None).choose(5, batches())
+
+
+def test_a_budget_that_cannot_be_kept_is_said(caplog):
+    found = AutoBits(probed("psq-auto"), None, 1e-9).choose(5, batches())
+    assert set(found.bits.values()) == {8}
+    assert "step 5: quantization variance is" in caplog.text
+    assert "alpha 1e-09 cannot be kept" in caplog.text
+
+
 def test_a_smaller_alpha_costs_more_bits():
     averages = [AutoBits(probed("psq-auto"), None, alpha).choose(0, batches()).average
                 for alpha in (0.3, 0.1, 0.03)]
@@ -226,6 +251,8 @@ def test_a_run_with_automatic_bits_resumes_as_if_unbroken(monkeypatch):
         Unlucky(original(*a, **k)) if k["train"] else original(*a, **k)))
     assert train.main([*base, "--out", "a"]) == 130
     monkeypatch.setattr(train, "Loader", original)
+    with Path("a/bits.jsonl").open("a") as log:
+        log.write('{"step": 4, "bi')                      # of a run that was killed
     assert train.main(["--resume", "a"]) == 0
     assert train.main([*base, "--out", "b"]) == 0
     assert train.main([*base, "--out", "c", "--kernels", "plain"]) == 0

@@ -245,6 +245,32 @@ def test_a_diverged_run_stands_in_the_table_as_diverged(tmp_path):
     assert "| bhq |  | 1 of 2 diverged, else 50.00 |" in table
 
 
+def test_automatic_runs_stand_in_a_column_of_their_own_with_their_bits(tmp_path):
+    line = {"model": "resnet8", "recipe": "bhq-auto", "seed": 0, "epochs": 1, "test_acc": 0.5,
+            "diverged": None, "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"},
+            "average_bits": 3.25}
+    lines = [line, line | {"recipe": "bhq4", "average_bits": None}]
+    (tmp_path / "accuracy-digits.jsonl").write_text("".join(json.dumps(each) + "\n"
+                                                            for each in lines))
+    table = accuracy(tmp_path, "--table")
+    assert "| gradients | float32 | 4 bits | automatic |" in table
+    assert "| 50.00 | 50.00 (3.25 bits) |" in table
+
+
+def test_the_average_bits_of_a_run_are_those_of_its_finished_steps(tmp_path):
+    code = """if True:
+        import sys, json; sys.path.insert(0, sys.argv[1])
+        from pathlib import Path
+        from accuracy import average_bits
+        log = Path(sys.argv[2]) / "bits.jsonl"
+        log.write_text("".join(json.dumps({"step": s, "average": a}) + chr(10)
+                               for s, a in ((0, 8), (32, 4), (64, 2))))
+        print(average_bits(log, [{"step": 22}, {"step": 44}]), average_bits(log, []),
+              average_bits(log, [{"step": 128}]))"""
+    said = run("-c", code, ROOT / "benchmarks", tmp_path)
+    assert said.split() == [str(round((32 * 8 + 12 * 4) / 44, 3)), "None", "4.0"]
+
+
 def test_the_documents_show_the_table_of_the_stored_results():
     table = run("benchmarks/accuracy.py", "--table")
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

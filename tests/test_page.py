@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from tiny import QUICK
+from tiny import QUICK, probed, probed_batch
 
 import train
-from minifqt import autobits
-from minifqt.study import page
+from minifqt import autobits, quantizers
+from minifqt.study import Probe, page, variance
 from minifqt.study.__main__ import main
 
 
@@ -63,6 +64,9 @@ def test_the_page_holds_the_runs_numbers(report):
     assert [(p["name"], p["step"]) for p in data["points"]][:2] == [("start", 0), ("step 1", 1)]
     assert data["points"][-1]["step"] in (2, 4)
     for point in data["points"]:
+        assert point["epoch"] == point["step"] / 2
+        assert point["loss"] > 0
+        assert point["sampling"] > 0
         assert point["total"] == pytest.approx(sum(mean for mean, _ in point["terms"].values()))
         assert len(point["audit"]["products"]) == 29
         assert set(point["codes"]) == {site for site in point["specs"] if site.endswith("grad_x")}
@@ -70,6 +74,35 @@ def test_the_page_holds_the_runs_numbers(report):
             bits = int(point["specs"][site][-1])
             assert [r["name"] for r in rows] == [f"{n}{bits}" for n in ("ptq", "psq", "bhq")]
             assert all(len(r["occupied"]) == 2**bits for r in rows)
+
+
+def test_what_the_page_shows_of_a_step_is_what_the_studies_find():
+    net, some = probed("psq4"), [probed_batch(8), probed_batch(6)]
+    found = page.look(net, some, seed=3)
+    assert found["sampling"] == variance.sampling(net, some)[0]
+    assert found["terms"] == variance.terms(net, some, seed=3)
+    with Probe(net, *some[0]) as probe:
+        dy = probe.errors["3.grad_x"]
+    for row in found["codes"]["3.grad_x"]:
+        q = quantizers.create(row["name"][:3], bits=4)
+        assert row["variance"] == pytest.approx(q.variance(dy).sum() / (dy**2.0).sum())
+        assert sum(row["occupied"]) == dy.size
+
+
+def test_numbers_that_json_has_not_are_left_out():
+    text = page.page({"title": "", "points": [], "curves": [{"test_loss": float("nan")}]})
+    assert json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["curves"] == [
+        {"test_loss": None}]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_report_leaves_out_half_lines_and_refuses_another_recipe(capsys):
+    assert train.main(["--epochs", "1", "--recipe", "fp32", "--out", "a"]) == 0
+    with Path("a/metrics.jsonl").open("a") as log:
+        log.write('{"epoch": 2, "st')
+    assert main(["report", "--draws", "2", "a", "--out", "out"]) == 0
+    assert main(["report", "a", "--recipe", "psq3"]) == 1
+    assert "--recipe psq3: report shows a run as it is" in capsys.readouterr().err
 
 
 def test_text_of_a_run_cannot_end_the_pages_data():
@@ -82,7 +115,7 @@ def test_text_of_a_run_cannot_end_the_pages_data():
 @pytest.mark.parametrize(("at", "says"), [
     ("step=0&layer=layer2.0.conv1", ["Codes of <span class=\"layer\">layer2.0.conv1<"]),
     ("step=1&layer=fc", ["Audit of <span class=\"layer\">fc<", "<td>dgrad</td>"]),
-    ("", ["100.0 % of ", "29 of 29 products are the int64 product, every bit"])])
+    ("", ["100.0 % of ", "29 of 29 are the same, every bit"])])
 def test_a_browser_shows_the_picked_layer_and_step(report, at, says, tmp_path):
     path, _, data = report
     shown = subprocess.run(

@@ -9,7 +9,10 @@ from tiny import probed, probed_batch
 
 import minifqt
 import train
+from minifqt import checkpoint
+from minifqt.autobits import AutoBits
 from minifqt.study import Probe, tools, variance
+from minifqt.study import setting as studied
 from minifqt.study.__main__ import main
 from minifqt.study.replay import change, replay
 from minifqt.study.setting import Setting
@@ -36,8 +39,11 @@ def flat(params):
 
 
 @pytest.mark.usefixtures("small", "quick")
-@pytest.mark.parametrize("recipe", ["bhq5", "psq-auto"])
-def test_every_step_of_a_run_can_be_made_again_bit_for_bit(recipe, recorded):
+@pytest.mark.parametrize("recipe", [
+    "bhq5", "psq-auto", "bhq4,act=ptq5:stochastic,weight=sym4:stochastic", "fp32"])
+def test_every_step_of_a_run_can_be_made_again_bit_for_bit(recipe, recorded, monkeypatch):
+    monkeypatch.setattr(train, "AutoBits", lambda *a, **k: AutoBits(*a, **k, every=3))
+    monkeypatch.setattr(studied, "EVERY", 3)
     assert train.main(["--epochs", "3", "--recipe", recipe, "--lr", "0.05", "--momentum", "0.8",
                        "--schedule", "steps", "--warmup", "1", "--label-smoothing", "0.1",
                        "--seed", "3", "--out", "a"]) == 0
@@ -51,6 +57,11 @@ def test_every_step_of_a_run_can_be_made_again_bit_for_bit(recipe, recorded):
         with setting.probe(3) as probe:
             ours = probe.gradient(dict.fromkeys(probe.sites, step))
         assert np.array_equal(ours, theirs[step]), step
+        batch, = setting.batches(1)
+        rows = replay(setting.net, batch, {}, 3, step, 0.1)["rows"]
+        assert rows[-1]["norm"] == pytest.approx(np.linalg.norm(probe.exact))
+        off = np.linalg.norm(ours - probe.exact) / np.linalg.norm(probe.exact)
+        assert rows[-1]["noise"] == pytest.approx(off)
 
 
 @pytest.mark.usefixtures("small")
@@ -65,6 +76,28 @@ def test_a_step_is_reached_from_the_latest_checkpoint_before_it():
         Setting("a", 4)
     with pytest.raises(ValueError, match="--step -1"):
         Setting("a", -1)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("part", "key"), [("config", "recipe_fields"), ("config", "momentum"),
+                                           ("progress", "renamed")])
+def test_a_run_of_another_version_is_one_clear_line(part, key, capsys):
+    assert train.main(["--epochs", "1", "--out", "a"]) == 0
+    arrays, meta = checkpoint.load(Path("a/last.safetensors"))
+    values = {name: value for name, value in meta[part].items() if name != key}
+    values |= {"renamed": 1} if key == "renamed" else {}
+    checkpoint.save(Path("a/last.safetensors"), arrays, {**meta, part: values})
+    assert main(["layers", "a"]) == 1
+    assert "a was made by another version of minifqt" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small", "quick")
+def test_an_automatic_recipe_given_to_a_study_is_chosen_there():
+    assert train.main(["--epochs", "1", "--out", "a"]) == 0
+    setting = Setting("a")
+    setting.use("psq-auto")
+    bits = {layer.q.grad_x.bits for layer in setting.layers.values()}
+    assert bits - {8}
 
 
 @pytest.mark.usefixtures("small")
@@ -166,7 +199,7 @@ def test_terms_over_batches_are_the_means_of_single_draws():
 
 @pytest.mark.usefixtures("small", "quick")
 @pytest.mark.parametrize("flags", [
-    ["replay", "--change", "grad_x=psq3", "conv1=identity"], ["replay"], ["audit"],
+    ["replay", "--change", "grad_x=psq3", "--change", "conv1=identity"], ["replay"], ["audit"],
     ["bits", "--draws", "2", "--alpha", "0.5"], ["audit", "--recipe", "qat8"]])
 def test_the_commands_write_numbers_and_a_picture(flags, capsys, monkeypatch):
     monkeypatch.setattr(tools, "BATCHES", 3)
@@ -182,6 +215,9 @@ def test_the_commands_write_numbers_and_a_picture(flags, capsys, monkeypatch):
     (["replay", "--change", "grad_x"], "--change grad_x: expected WHERE=SPEC, as in"),
     (["replay", "--change", "conv9=psq4"], "--change conv9: there is no such place"),
     (["replay", "--step", "99"], "--step 99: the run has steps 0 to 1"),
+    (["replay", "--change", "grad_x=bhq-auto"], "bits are chosen in training, or by the study"),
+    (["layers", "--recipe", "qat8"], "no gradient is quantized here: there is no noise to study"),
+    (["unbiased", "--recipe", "fp32"], "no gradient is quantized here"),
     (["bits", "--alpha", "0"], "--alpha 0.0: expected a number above 0"),
     (["bits", "--recipe", "qat8"], "identity has no bits to choose"),
     (["report"], "report looks at a run of train.py: give its folder")])

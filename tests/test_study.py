@@ -64,6 +64,19 @@ def test_a_probe_leaves_the_network_as_it_was():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("wrong", [np.arange(3), np.full(8, 99)])
+def test_a_probe_that_cannot_be_made_leaves_the_network_as_it_was(wrong):
+    net = network()
+    net.layers[0].eval()
+    places = list(vars(net.layers[3].q).values())
+    with pytest.raises((ValueError, IndexError)):  # noqa: PT011 - whatever the loss says
+        Probe(net, batch()[0], wrong)
+    assert [layer.training for _, layer in net.walk()][:3] == [True, False, True]
+    assert list(vars(net.layers[3].q).values()) == places
+    Probe(net, *batch()).__exit__()
+    assert not net.layers[0].training
+
+
 def test_a_network_without_quantized_layers_raises():
     net = build(Sequential(ReLU()), "bhq5")
     with pytest.raises(ValueError, match="no quantized layer: there is nothing to study"):

@@ -38,9 +38,9 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="%(default)s")
     add("--epochs", type=int, default=4, help="of learning, without a run; %(default)s")
     add("--recipe", help="quantizers to study; default: the run's, without a run bhq5")
-    add("--change", metavar="WHERE=SPEC", nargs="+", default=[],
-        help="of replay: a place (grad_x), a layer (conv1), or one of its places "
-             "(conv1.grad_x), and its quantizer: psq4, identity, …")
+    add("--change", metavar="WHERE=SPEC", action="append", default=[],
+        help="of replay, as often as wanted: a place (grad_x), a layer's two gradients (conv1) or "
+             "one of its places (conv1.grad_x), and a quantizer: psq4, identity, …")
     add("--quantizers", default="ptq,psq,bhq", help="of variance, bounds, bins; %(default)s")
     add("--bits", type=int, default=4, help="of bounds and bins; %(default)s")
     add("--alpha", type=float, help="of bits: budget ÷ sampling variance; default: the recipe's")
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0; 1 after an error (one line says what to do) or where a claim fails; 130."""
     try:
-        flags = parser().parse_args(arguments)
+        flags = parser().parse_intermixed_args(arguments)
         minifqt.set_threads(flags.threads)
         require(flags)
         setting = Setting(flags.run, flags.step, flags.data_dir, flags.seed, flags.epochs,
@@ -83,14 +83,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def reach(setting, flags):
     """The step that is asked for, or what is learnt without a run."""
-    if setting.ahead and flags.study not in ("report", "variance"):   # they look at more steps
+    if setting.is_run and flags.study in ("report", "variance"):      # they look at more steps
+        if flags.recipe:
+            raise ValueError(f"--recipe {flags.recipe}: {flags.study} shows a run as it is. Leave "
+                             "the flag out; --quantizers are those that variance compares.")
+        return
+    if setting.ahead:
         print(f"training {setting.ahead} steps, those of the run, to its step {flags.step}")
         setting.train(setting.ahead)
     if not setting.is_run and flags.step is None and flags.study != "variance":
         setting.learn(flags.epochs)                       # variance learns as it goes
     if flags.recipe:
         setting.use(flags.recipe)
-    setting.settle()
+    else:
+        setting.settle()
 
 
 def require(flags):

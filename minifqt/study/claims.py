@@ -24,6 +24,13 @@ def announced(probe, draws):
     return tqdm(range(draws), leave=False, disable=None)
 
 
+def require_noise(probe):
+    """ValueError where no gradient is quantized."""
+    if all(spec == "identity" for spec in probe.specs.values()):
+        raise ValueError("no gradient is quantized here: there is no noise to study. Give --recipe "
+                         "bhq5, psq4, …")
+
+
 def seconds(probe):
     """Of a backward pass."""
     start = time.perf_counter()
@@ -36,6 +43,7 @@ def study_unbiased(flags, setting):
     """Theorem 1; for sites where the pilot's draws are too few, as many as it says are needed."""
     more = {}
     with setting.probe(flags.seed) as probe:
+        require_noise(probe)
         terms = measure(probe, announced(probe, flags.draws or PILOT))
         found = theorems.unbiased(terms)
         if not flags.draws:
@@ -62,6 +70,7 @@ def study_unbiased(flags, setting):
 def study_layers(flags, setting):
     """Theorem 2."""
     with setting.probe(flags.seed) as probe:
+        require_noise(probe)
         draws = flags.draws or PILOT
         found = theorems.layers(measure(probe, announced(probe, draws)))
     total, (ratio, error) = found.total[0], found.ratio

@@ -4,6 +4,7 @@
 elsewhere: the file works from a disk, in any browser.
 """
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,11 +45,20 @@ def _codes(name, bits, dy):
     ranges = np.quantile(row["ranges"], np.linspace(1, 0, min(POINTS, len(row["ranges"]))))
     closed, size = sites.closed_form(name, bits, dy)
     return {"name": f"{name}{bits}", "occupied": row["occupied"], "ranges": _short(ranges),
-            "used": sites.bits_used(row["occupied"]), "variance": closed / size}
+            "used": sites.bits_used(row["occupied"]), "variance": closed / size if size else 0.0}
 
 
 def _short(values):
     return [float(f"{v:.4g}") for v in values]
+
+
+def _finite(value):
+    """With None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def page(data: dict) -> str:
@@ -57,5 +67,5 @@ def page(data: dict) -> str:
     data  title, config (flat), curves (lines of metrics.jsonl), choices (lines of bits.jsonl) and
           points: `look` of each, with name, step and epoch
     """
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(_finite(data), separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text().replace("@DATA", text)

@@ -10,7 +10,7 @@ import numpy as np
 
 from minifqt.layers import Layer
 from minifqt.layers.base import Quantized
-from minifqt.quantizers.base import Bound, BoundActivation, gradient
+from minifqt.quantizers.base import AUTO, Bound, BoundActivation, gradient
 from minifqt.study.probe import Probe
 
 PLACES = ("act", "weight", "grad_w", "grad_x")
@@ -25,6 +25,9 @@ def change(net: Layer, changes: Mapping[str, str]) -> Layer:
     """
     layers = {name: layer for name, layer in net.walk() if isinstance(layer, Quantized)}
     for where, spec in changes.items():
+        if AUTO in spec:
+            raise ValueError(f"--change {where}={spec}: bits are chosen in training, or by the "
+                             "study `bits`. Give a number, as in bhq4.")
         met = [(layer, place) for name, layer in layers.items() for place in PLACES
                if where in (place, f"{name}.{place}") or (where == name and "grad" in place)]
         if not met:
@@ -32,19 +35,21 @@ def change(net: Layer, changes: Mapping[str, str]) -> Layer:
                              f"{', '.join(PLACES)}, or a layer, perhaps with its place, as in "
                              f"{list(layers)[-1]}.grad_x; the layers are {', '.join(layers)}.")
         for layer, place in met:
-            setattr(layer.q, place, _bound(getattr(layer.q, place), spec))
+            exchange(layer, place, spec)
     return net
 
 
-def _bound(old, spec):
-    """The quantizer `spec` where `old` was."""
-    if isinstance(old, BoundActivation):
+def exchange(layer: Quantized, place: str, spec: str) -> None:
+    """Another quantizer in one place of a layer; an activation keeps its running range."""
+    old = getattr(layer.q, place)
+    if place == "act":
         new = BoundActivation(spec, old.streams, old.name, old.eval_range)
         new.range, new.calibrated, new.training = old.range, old.calibrated, old.training
-        return new
-    place = old.name.rpartition(".")[2]
-    return (Bound(spec, "nearest", old.streams, old.name) if place == "weight" else
-            gradient(spec, old.streams, old.name))
+    elif place == "weight":
+        new = Bound(spec, "nearest", old.streams, old.name)
+    else:
+        new = gradient(spec, old.streams, old.name)
+    setattr(layer.q, place, new)
 
 
 def replay(net: Layer, batch: tuple, changes: Mapping[str, str], seed: int, step: int,
@@ -55,6 +60,7 @@ def replay(net: Layer, batch: tuple, changes: Mapping[str, str], seed: int, step
     gradient from that of QAT, relative to it, as the run had it and with the changes; moved:
     distance between the two; cosine: between them.
     """
+    net.streams.step = step                               # what is rounded forward has noise too
     other = change(deepcopy(net), changes)
     with Probe(net, *batch, seed, label_smoothing) as probe:
         loss, exact, blocks = float(probe.loss), probe.exact, probe.blocks

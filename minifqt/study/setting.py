@@ -19,7 +19,10 @@ from minifqt.autobits import BATCHES, EVERY, AutoBits, due
 from minifqt.layers.base import Quantized
 from minifqt.recipes import Recipe
 from minifqt.study.probe import Probe
-from minifqt.study.replay import PLACES, change
+from minifqt.study.replay import PLACES, exchange
+
+KEYS = ("dataset", "model", "recipe", "epochs", "batch_size", "lr", "schedule", "warmup",
+        "momentum", "weight_decay", "label_smoothing", "seed")
 
 
 class Setting:
@@ -37,8 +40,14 @@ class Setting:
         if source:
             arrays, meta = start_of(Path(source), step)
             self.config = meta["config"]
-            self.progress = training.Progress(**meta["progress"])
-            self.recipe = Recipe(**self.config["recipe_fields"])
+            try:
+                self.progress = training.Progress(**meta["progress"])
+                self.recipe = Recipe(**self.config["recipe_fields"])
+                for key in KEYS:
+                    self.config[key]
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{source} was made by another version of minifqt ({error}): "
+                                 "study it with that one.") from None
         else:
             self.config = {**train.PRESETS["digits"], "dataset": "digits", "recipe": "bhq5",
                            "lr": 0.1, "seed": seed, "epochs": max(1, epochs), "warmup": 0,
@@ -94,15 +103,20 @@ class Setting:
             self.progress = training.Progress(p.epoch + 1, step=p.step)
 
     def _chooser(self):
-        return AutoBits(self.net, self.loader, self.recipe.alpha, self.config["label_smoothing"])
+        return AutoBits(self.net, self.loader, self.recipe.alpha, self.config["label_smoothing"],
+                        EVERY)
 
     def learn(self, epochs: int) -> None:
         """Some epochs more."""
         self.train(epochs * len(self.loader))
 
-    def settle(self) -> None:
-        """Choose automatic bits for the step ahead, as the run does."""
-        if self.recipe.automatic and due(self.progress.step, EVERY):
+    def settle(self, anew: bool = False) -> None:
+        """Be before the step ahead as the run is: its noise, its bits where they are automatic.
+
+        anew  choose bits even if the run does not at this step
+        """
+        self.net.streams.step = self.progress.step
+        if self.recipe.automatic and (anew or due(self.progress.step, EVERY)):
             self._chooser().choose(self.progress.step, self.batches(BATCHES))
 
     @property
@@ -114,7 +128,10 @@ class Setting:
         """From here on other quantizers than the run's."""
         self.recipe = minifqt.recipe(recipe)
         self.config = self.config | {"recipe": recipe}
-        change(self.net, {place: getattr(self.recipe, place) for place in PLACES})
+        for layer in self.layers.values():
+            for place in PLACES:
+                exchange(layer, place, getattr(self.recipe, place))
+        self.settle(anew=True)
 
     def batches(self, count: int) -> list:
         """The next ones, (x, labels) each; augmented as in training."""

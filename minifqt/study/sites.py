@@ -10,6 +10,7 @@ import numpy as np
 from minifqt.backend import Array, to_cpu
 from minifqt.quantizers import create
 from minifqt.rng import Streams
+from minifqt.study.theorems import z_of_t
 
 
 def bounds(name: str, bits: int, dy: Array, draws: int, seed: int = 0) -> dict:
@@ -24,7 +25,7 @@ def bounds(name: str, bits: int, dy: Array, draws: int, seed: int = 0) -> dict:
     measured, error = float(np.mean(sizes)), float(np.std(sizes, ddof=1) / np.sqrt(draws))
     return {"quantizer": name, "bits": bits, "measured": measured / size, "error": error / size,
             "closed": closed / size, "bound": q.bound(dy) / size, "loose": q.bound(dy) / closed,
-            "z": (measured - closed) / error}
+            "z": z_of_t((measured - closed) / error, draws - 1) if error else 0.0}
 
 
 def closed_form(name: str, bits: int, dy: Array) -> tuple[float, float]:

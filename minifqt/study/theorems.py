@@ -67,10 +67,10 @@ def unbiased(terms: Terms, more: dict[str, np.ndarray] | None = None,
 def _test(name, values):
     n = len(values)
     mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(n))
-    return Test(name, mean, error, _z_of_t(mean / error if error else math.inf, n - 1), n)
+    return Test(name, mean, error, z_of_t(mean / error if error else math.inf, n - 1), n)
 
 
-def _z_of_t(t, dof):
+def z_of_t(t: float, dof: int) -> float:
     """Student's t as a normal deviate of the same tail.  Wallace, Ann. Math. Stat. 30, 1959."""
     size = math.sqrt(dof * math.log1p(t * t / dof)) * (8 * dof + 1) / (8 * dof + 3)
     return math.copysign(size, t)
