@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny import QUICK, probed, probed_batch
+from tiny import QUICK, digits, probed, probed_batch
 
+import data
 import train
 from minifqt import autobits, quantizers
 from minifqt.study import Probe, page, variance
