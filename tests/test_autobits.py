@@ -88,6 +88,12 @@ def test_where_few_bits_explode_what_was_measured_decides():
     assert found.bits["a"] == 4
 
 
+def test_from_too_few_bits_the_way_is_up():
+    noise = Fake(lambda bits: {site: law(1, 5)[b] for site, b in bits.items()})
+    found = fewest(noise, {"a": 1, "b": 1}, {"a": 2, "b": 2}, budget=2.5)
+    assert found.bits == {"a": 5, "b": 5}
+
+
 def test_a_budget_that_cannot_be_kept_gives_the_least_noise():
     noise = Fake(lambda bits: {"a": law(1, 5)[bits["a"]], "fixed": 5.0})
     found = fewest(noise, {"a": 1}, {"a": 5}, 1.0)
@@ -239,6 +245,8 @@ def test_it_yields_the_loaders_batches_and_chooses_before_those_that_are_due(tmp
     assert [line["step"] for line in lines] == [0, 3, 6]
     assert lines[-1]["bits"].items() <= auto.bits.items()
     assert lines[-1]["budget"] == pytest.approx(0.1 * lines[-1]["sampling"])
+    sampled, _ = variance.sampling(net, plain.following(1, 2, autobits.BATCHES))
+    assert lines[-1]["sampling"] == pytest.approx(sampled)
     list(auto.epoch(0))                                   # a run that was cut off, once more
     assert [json.loads(line)["step"] for line in chosen.read_text().splitlines()] == [0, 3]
 
