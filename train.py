@@ -110,8 +110,9 @@ def run(flags: argparse.Namespace) -> int:
               f"{backend.threads()} threads; {choice.describe()}; writing {flags.out}")
     schedule = optim.SCHEDULES[flags.schedule](flags.lr, flags.epochs, flags.warmup)
     if recipe.automatic:
-        train_loader = AutoBits(net, train_loader, recipe.alpha, flags.label_smoothing,
-                                log=Path(flags.out) / "bits.jsonl")
+        log = Path(flags.out) / "bits.jsonl"
+        train_loader = AutoBits(net, train_loader, recipe.alpha, flags.label_smoothing, log=log)
+        print(f"bits are chosen as it trains, often at first; each choice is a line of {log}")
     try:
         metrics = job.train(train_loader, test_loader, schedule, flags.epochs,
                             flags.label_smoothing)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from tiny import QUICK, digits, probed, probed_batch
 
-import data
 import train
 from minifqt import autobits, quantizers
 from minifqt.study import Probe, page, variance
@@ -33,10 +32,7 @@ def report(tmp_path_factory):
     """report.html of a tiny run with automatic bits, and what it holds."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
-        from tiny import digits
-
-        import data
-        patch.setattr(data, "load", lambda *ignored: digits(128))
+        patch.setattr("data.load", lambda *ignored: digits(128))
         patch.chdir(folder)
         for name, value in QUICK:
             patch.setattr(autobits, name, value)
