@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bits", type=int, default=4, help="of bounds and bins; %(default)s")
     add("--alpha", type=float, help="of bits: budget ÷ sampling variance; default: the recipe's")
     add("--layer", help="of bins; default: the first that is quantized backwards, but one")
-    add("--draws", type=int, help="of the noise; default: those that are needed, or 16")
+    add("--draws", type=int, help="of the noise, for bits and report: batches; default: enough")
     add("--seed", type=int, default=0, help="of the studied noise; without a run also of the net")
     add("--threads", type=int, default=backend.threads(), help="they change no number")
     add("--out", default="runs/study", help="folder of the JSON and the picture; %(default)s")
