@@ -278,9 +278,9 @@ def test_evaluation_before_training_says_once_that_it_uses_the_batch(caplog):
 
 def test_a_loaded_range_counts_unless_it_is_nan():
     act, x = activation(), lively()
-    act.load_range(np.full(2, np.nan, "float32"))
+    act.load(np.full(2, np.nan, "float32"))
     assert not act.calibrated
-    act.load_range(np.array([-1, 1], "float32"))
+    act.load(np.array([-1, 1], "float32"))
     act.training = False
     assert act.calibrated
     assert abs(act(x).dequantize()).max() <= 1 + 2.0**-22             # float32 of the scale
