@@ -131,7 +131,7 @@ def test_the_chosen_bits_keep_the_budget_and_one_bit_less_everywhere_does_not(fu
     def total(less):
         specs = {site: f"{'ptq' if site.endswith('w') else 'psq'}{max(2, b - less)}"
                  for site, b in found.bits.items()}
-        many = variance.terms(net, some[:4] * 20, specs, first=1000)
+        many = variance.terms(net, some[:4] * 8, specs, first=1000)
         return sum(mean for mean, _ in many.values())
 
     assert total(0) < 1.25 * 0.03 * sampled               # measured with other noise
