@@ -165,7 +165,9 @@ def fuse(net: Layer) -> Layer:
 
 
 def unfuse(net: Layer) -> Layer:
-    """The network itself, as it was before `fuse`."""
+    """The network itself, as it was before `fuse`; what forward saved until then is let go."""
+    for _, layer in net.walk():
+        layer._saved = None                               # plain layers save something else
     return _exchange(net, {fused: plain for plain, fused in FUSED.items()})
 
 

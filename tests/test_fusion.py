@@ -152,6 +152,17 @@ def test_rows_mixed_in_ones_own_way_are_unmixed_in_a_fused_network(swapped):  # 
                   for make in (minifqt.fuse, lambda net: net)))
 
 
+def test_unfuse_lets_go_of_what_fused_layers_have_saved():
+    net = minifqt.fuse(models.build("resnet8", 10, "psq8"))
+    x, labels = batch((4, 8, 8, 3))
+    _, dlogits = minifqt.cross_entropy(net.forward(x), labels)
+    fusion.unfuse(net)
+    with pytest.raises(RuntimeError, match=r"nothing saved for backward.* Call forward\(\) again"):
+        net.backward(dlogits)
+    net.forward(x)
+    net.backward(dlogits)
+
+
 def test_unfuse_restores_the_classes_and_fusing_changes_no_name():
     net = models.build("resnet8", 10, "bhq5")
     before = [(name, type(layer)) for name, layer in net.walk()], list(net.state()), str(net)
