@@ -40,14 +40,15 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def json_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; half a line, of a run that was killed, is left out."""
+    """The records of a run, each a JSON object with its step; half a line, of a kill, is left out.
+    """
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return [each for each in found if isinstance(each, dict) and ("step" in each)]
+    return [each for each in found if isinstance(each, dict) and "step" in each]
 
 
 def digest(arrays: dict[str, np.ndarray], meta: str) -> str:

@@ -41,10 +41,7 @@ class Run:
         for stale in self.folder.glob("*.tmp"):           # of a save that was killed
             stale.unlink()
         arrays, meta = checkpoint.load(self.last)
-        device = self.net.streams.device
-        self.net.load_state(_part(arrays, "net/"))
-        self.optimizer.velocity = {name: device.asarray(v)
-                                   for name, v in _part(arrays, "velocity/").items()}
+        restore(self.net, self.optimizer, arrays)
         self.progress = Progress(**meta["progress"])
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
         kept = [line for line in lines if 0 < _epoch_of(line) <= self.progress.epoch]
@@ -110,6 +107,13 @@ class Run:
         self.save()
         return (f"epoch {p.epoch + 1:3d}/{epochs}  loss {metrics['train_loss']:.4f}  train "
                 f"{metrics['train_acc']:.2%}  test {test_acc:.2%}  {p.seconds:.1f} s")
+
+
+def restore(net, optimizer, arrays: dict) -> None:
+    """Take over what a checkpoint holds of a network and its optimizer.  ValueError: see Layer."""
+    net.load_state(_part(arrays, "net/"))
+    optimizer.velocity = {name: net.streams.device.asarray(v)
+                          for name, v in _part(arrays, "velocity/").items()}
 
 
 def _epoch_of(line):

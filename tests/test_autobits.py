@@ -195,6 +195,9 @@ def test_a_network_without_automatic_places_raises():
 def test_bits_are_part_of_the_state():
     net, other = probed("psq-auto"), probed("psq-auto")
     assert [b.bits for b in AutoBits(net, None).places.values()] == [8, 8, 8]
+    for bits in range(2, 9):
+        net.layers[3].q.grad_x.bits = bits
+        assert (net.layers[3].q.grad_x.bits, net.layers[3].q.grad_x.spec) == (bits, f"psq{bits}")
     net.layers[3].q.grad_x.bits = 3
     state = {name: np.array(array) for name, array in net.state().items()}
     assert state["3.grad_x_bits"] == 3

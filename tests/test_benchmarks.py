@@ -232,15 +232,20 @@ def test_what_the_queue_cannot_do_is_one_clear_line(tmp_path):
     assert "accuracy-digits.jsonl, line 2 is damaged" in refused(*command)
 
 
+def table_of(folder, lines):
+    """The table of these results."""
+    (folder / "accuracy-digits.jsonl").write_text("".join(json.dumps(each) + "\n"
+                                                          for each in lines))
+    return accuracy(folder, "--table")
+
+
 def test_a_diverged_run_stands_in_the_table_as_diverged(tmp_path):
     line = {"model": "resnet8", "recipe": "ptq2", "seed": 0, "epochs": 1, "test_acc": None,
             "diverged": "nan", "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"}}
     lines = [line, line | {"recipe": "bhq2"},
              line | {"recipe": "bhq2", "seed": 1, "test_acc": 0.5, "diverged": None},
              line | {"recipe": "bhq2", "epochs": 2}, line | {"recipe": "bhq2", "model": "resnet20"}]
-    (tmp_path / "accuracy-digits.jsonl").write_text("".join(json.dumps(line) + "\n"
-                                                            for line in lines))
-    table = accuracy(tmp_path, "--table")
+    table = table_of(tmp_path, lines)
     assert "| ptq |  | diverged |" in table
     assert "| bhq |  | 1 of 2 diverged, else 50.00 |" in table
 
@@ -250,9 +255,7 @@ def test_automatic_runs_stand_in_a_column_of_their_own_with_their_bits(tmp_path)
             "diverged": None, "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"},
             "average_bits": 3.25}
     lines = [line, line | {"recipe": "bhq4", "average_bits": None}]
-    (tmp_path / "accuracy-digits.jsonl").write_text("".join(json.dumps(each) + "\n"
-                                                            for each in lines))
-    table = accuracy(tmp_path, "--table")
+    table = table_of(tmp_path, lines)
     assert "| gradients | float32 | 4 bits | automatic |" in table
     assert "| 50.00 | 50.00 (3.25 bits) |" in table
 

@@ -79,9 +79,8 @@ class Call:
 
 def _only(t, axis, c):
     """t with its channel c alone."""
-    codes, scale, zero = (v if v.shape[axis] == 1 else v.take(np.array([c]), axis)
-                          if isinstance(v, np.ndarray) else v.take([c], axis)
-                          for v in (t.codes, t.scale, t.zero))
+    at = slice(c, c + 1) if axis == 0 else (..., slice(c, c + 1))
+    codes, scale, zero = (v if v.shape[axis] == 1 else v[at] for v in (t.codes, t.scale, t.zero))
     return QTensor(codes, scale, zero, t.mix, t.name)
 
 

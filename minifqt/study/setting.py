@@ -18,6 +18,7 @@ from minifqt import checkpoint, optim, training
 from minifqt.autobits import BATCHES, EVERY, AutoBits, due
 from minifqt.layers.base import Quantized
 from minifqt.recipes import Recipe
+from minifqt.run import restore
 from minifqt.study.probe import Probe
 from minifqt.study.replay import PLACES, exchange
 
@@ -44,7 +45,7 @@ class Setting:
                 self.progress = training.Progress(**meta["progress"])
                 self.recipe = Recipe(**self.config["recipe_fields"])
                 for key in KEYS:
-                    self.config[key]
+                    self.config[key]                      # raises where it is missing
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{source} was made by another version of minifqt ({error}): "
                                  "study it with that one.") from None
@@ -62,20 +63,12 @@ class Setting:
         self.loader = Loader(self.dataset, config["batch_size"], self.net.streams, train=True,
                              padding=preset["padding"], flip=preset["flip"])
         self.optimizer = minifqt.SGD(config["momentum"], config["weight_decay"])
-        self._load(arrays)
+        if arrays:                                        # else as it was initialised
+            restore(self.net, self.optimizer, arrays)
         if step is not None and not 0 <= step < self.steps:
             raise ValueError(f"--step {step}: the run has steps 0 to {self.steps - 1}, "
                              f"{len(self.loader)} an epoch.")
         self.ahead = 0 if step is None else step - self.progress.step
-
-    def _load(self, arrays):
-        device = self.net.streams.device
-        parts = {kind: {name.removeprefix(kind): array for name, array in arrays.items()
-                        if name.startswith(kind)} for kind in ("net/", "velocity/")}
-        if parts["net/"]:
-            self.net.load_state(parts["net/"])
-        self.optimizer.velocity = {name: device.asarray(v)
-                                   for name, v in parts["velocity/"].items()}
 
     @property
     def steps(self) -> int:
