@@ -48,7 +48,8 @@ def parser():
     add("--dataset", choices=DEFAULTS, default="digits", help="%(default)s")
     add("--data-dir", default=".data", help="where CIFAR is; %(default)s")
     add("--model", choices=models.MODELS, help="default: resnet8 for digits, resnet20 for CIFAR")
-    add("--recipes", default=",".join(RECIPES), help="in the order of training; %(default)s")
+    add("--recipes", default=",".join(RECIPES), type=recipes,
+        help="in the order of training, with fields such as bhq-auto,alpha=0.05; %(default)s")
     add("--seeds", default="0,1,2", type=whole_numbers, help="one after another; %(default)s")
     add("--epochs", type=int, help="of every run; default: 15 for digits, 30 for CIFAR")
     add("--workers", type=int, default=2, help="runs at a time, one thread each; %(default)s")
@@ -63,6 +64,10 @@ def whole_numbers(text):
     return [int(number) for number in text.split(",")]
 
 
+def recipes(text):
+    return re.split(r",(?!\w+=)", text)                   # a field belongs to the name before it
+
+
 def main(arguments=None):
     flags = parser().parse_args(arguments)
     model, epochs = DEFAULTS[flags.dataset]
@@ -73,7 +78,7 @@ def main(arguments=None):
     path = Path(flags.out) / f"accuracy-{flags.dataset}.jsonl"
     if not flags.table and not flags.plot:
         train_all([Setting(flags.dataset, model, epochs, recipe, seed)
-                   for seed in flags.seeds for recipe in flags.recipes.split(",")], flags, path)
+                   for seed in flags.seeds for recipe in flags.recipes], flags, path)
     runs = [run for run in read(path) if (run["model"], run["epochs"]) == (model, epochs)]
     if not runs:
         raise ValueError(f"{path} has no finished run of {model}, {epochs} epochs: start this "

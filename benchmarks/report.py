@@ -28,17 +28,19 @@ def table(runs):
 def by_quantizer(runs):
     """{("bhq", 5): its runs}, in the order of a table; fp32's and qat8's bits are None.
 
-    Those of bhq-auto are AUTO.
+    Those of bhq-auto are AUTO. Fields stay with the name: ("bhq,alpha=0.05", AUTO).
     """
     order, found = ["fp32", "qat8", *QUANTIZERS], {}
     for run in runs:
-        name, bits = re.fullmatch(r"(.+?)(\d+|-auto)", run["recipe"]).groups()
-        key = ((run["recipe"], None) if run["recipe"] in order else
-               (name, AUTO if bits == "-auto" else int(bits)))
-        found.setdefault(key, []).append(run)
+        plain, comma, fields = run["recipe"].partition(",")
+        name, bits = re.fullmatch(r"(.+?)(\d+|-auto)", plain).groups()
+        name, bits = ((plain, None) if plain in order else
+                      (name, AUTO if bits == "-auto" else int(bits)))
+        found.setdefault((name + comma + fields, bits), []).append(run)
 
     def place(key):
-        return order.index(key[0]) if key[0] in order else len(order), key[0], -(key[1] or 0)
+        name = key[0].partition(",")[0]
+        return order.index(name) if name in order else len(order), key[0], -(key[1] or 0)
 
     return {key: found[key] for key in sorted(found, key=place)}
 

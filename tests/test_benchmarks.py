@@ -260,6 +260,23 @@ def test_automatic_runs_stand_in_a_column_of_their_own_with_their_bits(tmp_path)
     assert "| 50.00 | 50.00 (3.25 bits) |" in table
 
 
+def test_a_recipe_with_fields_is_one_recipe_with_a_row_of_its_own(tmp_path):
+    said = run("-c", "import sys; sys.path.insert(0, sys.argv[1]); import accuracy; "
+               "print(*accuracy.recipes('fp32,bhq-auto,alpha=0.05,grad_w=ptq4,psq4'), sep=';')",
+               ROOT / "benchmarks")
+    names = ["fp32", "bhq-auto,alpha=0.05,grad_w=ptq4", "psq4"]
+    assert said.strip().split(";") == names
+    line = {"model": "resnet8", "seed": 0, "epochs": 1, "test_acc": 0.5, "diverged": None,
+            "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"}}
+    names += ["bhq4", "fp32,eval_range=batch"]
+    table = table_of(tmp_path, [line | {"recipe": name} for name in names]).splitlines()
+    assert table[:7] == [
+        "| gradients | float32 | 4 bits | automatic |", "|---|---|---|---|",
+        "| fp32 | 50.00 |  |  |", "| fp32,eval_range=batch | 50.00 |  |  |",
+        "| psq |  | 50.00 |  |", "| bhq |  | 50.00 |  |",
+        "| bhq,alpha=0.05,grad_w=ptq4 |  |  | 50.00 |"]
+
+
 def test_the_average_bits_of_a_run_are_those_of_its_finished_steps(tmp_path):
     code = """if True:
         import sys, json; sys.path.insert(0, sys.argv[1])
@@ -274,8 +291,9 @@ def test_the_average_bits_of_a_run_are_those_of_its_finished_steps(tmp_path):
     assert said.split() == [str(round((32 * 8 + 12 * 4) / 44, 3)), "None", "4.0"]
 
 
-def test_the_documents_show_the_table_of_the_stored_results():
-    table = run("benchmarks/accuracy.py", "--table")
+@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
+def test_the_documents_show_the_table_of_the_stored_results(dataset):
+    table = run("benchmarks/accuracy.py", "--dataset", dataset, "--table")
     assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
