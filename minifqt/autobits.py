@@ -5,7 +5,6 @@ these are measured, and each automatic place gets its bits anew: all terms toget
 times the sampling variance, at the least cost Σ bits · multiplies. Bits depend on weights, batches
 and noise of their own, never on the noise that training rounds with: Theorem 1 still holds.
 """
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from minifqt.backend import one_blas_thread
-from minifqt.checkpoint import json_lines, write_atomically
+from minifqt.checkpoint import json_lines, write_json_lines
 from minifqt.layers import Layer
 from minifqt.layers.base import Quantized
 from minifqt.quantizers.base import AUTO, Automatic
@@ -112,8 +111,7 @@ class AutoBits:
         """Lines of this step and later ones are of a run that was cut off."""
         if self.log is not None:
             kept = [old for old in json_lines(self.log) if old["step"] < line["step"]]
-            write_atomically(self.log, "".join(
-                f"{json.dumps(each)}\n" for each in [*kept, line]).encode())
+            write_json_lines(self.log, [*kept, line])
 
 
 class Noise:

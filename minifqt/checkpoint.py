@@ -51,6 +51,11 @@ def json_lines(path: Path) -> list[dict]:
     return [each for each in found if isinstance(each, dict) and "step" in each]
 
 
+def write_json_lines(path: Path, records: list[dict]) -> None:
+    """The same file anew, with these records."""
+    write_atomically(path, "".join(f"{json.dumps(each)}\n" for each in records).encode())
+
+
 def digest(arrays: dict[str, np.ndarray], meta: str) -> str:
     """SHA-256 over meta and over names, dtypes, shapes and bytes."""
     total = hashlib.sha256(meta.encode())

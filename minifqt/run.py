@@ -43,9 +43,9 @@ class Run:
         arrays, meta = checkpoint.load(self.last)
         restore(self.net, self.optimizer, arrays)
         self.progress = Progress(**meta["progress"])
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        kept = [line for line in lines if 0 < _epoch_of(line) <= self.progress.epoch]
-        checkpoint.write_atomically(self.metrics, "".join(kept).encode())
+        kept = [line for line in checkpoint.json_lines(self.metrics)
+                if line["epoch"] <= self.progress.epoch]
+        checkpoint.write_json_lines(self.metrics, kept)
 
     def save(self, name: str = "last") -> None:
         """Write NAME.safetensors: all that a resumed run needs."""
@@ -114,14 +114,6 @@ def restore(net, optimizer, arrays: dict) -> None:
     net.load_state(_part(arrays, "net/"))
     optimizer.velocity = {name: net.streams.device.asarray(v)
                           for name, v in _part(arrays, "velocity/").items()}
-
-
-def _epoch_of(line):
-    """The epoch of a line of metrics; 0 where a killed run left half a line."""
-    try:
-        return json.loads(line)["epoch"] if line.endswith("\n") else 0
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return 0
 
 
 def _part(arrays, prefix):

@@ -60,7 +60,7 @@ def test_what_a_run_wrote_after_its_last_checkpoint_is_dropped_on_resume(tmp_pat
     train_all(run, loaders, epochs=2)
     before = contents(run)
     with run.metrics.open("a") as file:
-        file.write('{"epoch": 3, "test_acc": 1.0}\n{"epoch": 4, "te')
+        file.write('{"epoch": 3, "step": 33, "test_acc": 1.0}\n{"epoch": 4, "te')
     (run.folder / "last.safetensors.1.tmp").write_bytes(b"half a checkpoint")
     again, _ = job(tmp_path / "a")
     again.resume()
