@@ -2,6 +2,7 @@
 import argparse
 import math
 import platform
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -119,7 +120,7 @@ def run(flags: argparse.Namespace) -> int:
     except DivergedError as error:
         raise DivergedError(f"{error} {job.last} is the last good checkpoint. Start again with a "
                             "lower --lr or more bits.") from None
-    again = f"python train.py --resume {flags.out}"
+    again = to_resume(flags)
     if metrics is None:
         print(f"\ninterrupted and saved; go on with: {again}")
         return 130
@@ -179,6 +180,15 @@ def config_of(flags, recipe):
                 "python": platform.python_version()}
     own = {key: value for key, value in vars(flags).items() if key not in ANYTIME}
     return own | {"recipe_fields": asdict(recipe), "versions": versions}
+
+
+def to_resume(flags):
+    """The command that goes on with this run, with the flags that are no setting of a run."""
+    command = ["python", "train.py", "--resume", str(flags.out)]
+    for key in ("device", "data_dir", "kernels"):
+        if getattr(flags, key) != parser().get_default(key):
+            command += [f"--{key.replace('_', '-')}", str(getattr(flags, key))]
+    return shlex.join(command)
 
 
 def free_folder(name):

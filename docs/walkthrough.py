@@ -246,7 +246,7 @@ padding there is a *real* zero: it takes part in no sum, which is why Σ 1·w is
 |---|---|---|
 {table_rows(names, rows)}
 
-{by(reference.epilogue, "y = y - zero_a * b1")}
+{by(reference.epilogue, "y = ab - zero_a * b1")}
 {by(reference.epilogue, 'return (y * scale).astype("float32")')}
 
 Lines four and five agree: over the whole batch they differ by about {worst:.0e} of the largest

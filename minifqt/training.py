@@ -3,12 +3,14 @@
 It knows neither data sets nor flags nor files: train.py makes the first two, run.py the last.
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from minifqt.backend import array_module, one_blas_thread, to_cpu
+from minifqt.layers.base import Layer, Quantized
 from minifqt.losses import cross_entropy
 from minifqt.rng import NonFiniteError
 
@@ -88,13 +90,13 @@ def checked_step(net, optimizer, x, labels, lr, progress, label_smoothing):
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")   # a quantizer raises it
 def evaluate(net, loader, label_smoothing=0.0):
-    """Mean loss and accuracy per image over loader.epoch(0), in evaluation mode.
+    """Mean loss and accuracy per image over loader.epoch(0), in evaluation mode; then as before.
 
     loader  whatever yields (x, labels) there, as data.loader.Loader does
     """
     device, total, correct, images = net.streams.device, 0.0, 0, 0
-    net.eval()
-    try:
+    with same_modes(net):
+        net.eval()
         for x, labels in loader.epoch(0):
             x, labels = device.asarray(x), device.asarray(labels)
             logits = net.forward(x)
@@ -103,9 +105,20 @@ def evaluate(net, loader, label_smoothing=0.0):
             correct += int((logits.argmax(axis=1) == labels).sum())
             images += len(x)
         net.streams.raise_pending()
-    finally:
-        net.train()
     return total / images, correct / images
+
+
+@contextmanager
+def same_modes(net: Layer):
+    """Afterwards each layer is in training or evaluation as it was before."""
+    before = [(layer, layer.training) for _, layer in net.walk()]
+    try:
+        yield
+    finally:
+        for layer, training in before:
+            layer.training = training
+            if isinstance(layer, Quantized):
+                layer.q.act.training = training
 
 
 class Watched:

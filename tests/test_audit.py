@@ -9,6 +9,7 @@ import minifqt
 import models
 from minifqt import backend
 from minifqt.kernels import conv, gemm
+from minifqt.kernels.cpu import choice, products
 from minifqt.layers import Conv2d, Linear, Sequential, build
 from minifqt.study.__main__ import main
 from minifqt.study.audit import Call, audit, kept, row, watched
@@ -76,8 +77,27 @@ def test_a_product_that_is_off_is_found(monkeypatch):
     call = next(call for call in calls_of(probed(), *probed_batch())
                 if call.kind == "wgrad" and call.layer == "3")
     assert row(call)["deviation"] == 0
-    monkeypatch.setattr(conv, "wgrad", lambda *given: right(*given) * np.float32(1.00001))
+    monkeypatch.setattr(conv, "wgrad", lambda *given, **how: (
+        right(*given, **how) * np.float32(1.00001)))
     assert row(call)["deviation"] > 2**-22
+
+
+@pytest.mark.skipif(choice.isa() is None, reason="nothing is compiled here")
+def test_a_fused_steps_mixed_product_is_audited_by_the_kernel_that_unmixes_it(monkeypatch):
+    right = products.Correlation.form_unmixed
+
+    def off(*given, **how):
+        y, sums = right(*given, **how)
+        return y * np.float32(1.00001), sums
+
+    calls = [call for call in calls_of(probed("bhq4", fused=True), *probed_batch())
+             if call.kind == "dgrad" and call.rest]
+    assert calls
+    for call in calls:
+        assert row(call)["deviation"] == 0
+    monkeypatch.setattr(products.Correlation, "form_unmixed", off)
+    for call in calls:
+        assert row(call)["deviation"] > 2**-22
 
 
 def test_the_headroom_is_that_of_the_largest_codes():
@@ -134,6 +154,6 @@ def test_what_fused_layers_share_is_counted_once():
 @pytest.mark.parametrize("off", [1.00001, np.nan])
 def test_a_product_that_is_off_makes_the_audit_fail(off, monkeypatch, capsys):
     right = gemm.wgrad
-    monkeypatch.setattr(gemm, "wgrad", lambda *given: right(*given) * np.float32(off))
+    monkeypatch.setattr(gemm, "wgrad", lambda *given, **how: right(*given, **how) * np.float32(off))
     assert main(["audit", "--epochs", "0", "--out", "out"]) == 1
     assert "1 of 29 products are off int64 by more than" in capsys.readouterr().out

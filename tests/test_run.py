@@ -1,6 +1,7 @@
 """Runs: resuming, interruption, corruption, divergence, and that every setting acts."""
 import hashlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -298,10 +299,13 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(monkeypatch, capsys):
     original = train.Loader
     monkeypatch.setattr(train, "Loader", lambda *a, **k: (
         InterruptAt(original(*a, **k), 1) if k["train"] else original(*a, **k)))
-    assert train.main(["--epochs", "2", "--out", "a"]) == 130
-    assert "go on with: python train.py --resume a" in capsys.readouterr().out
+    assert train.main(["--epochs", "2", "--out", "a", "--kernels", "plain", "--data-dir",
+                       "a folder"]) == 130
+    *_, said = capsys.readouterr().out.splitlines()
+    *_, again = said.partition("go on with: ")
+    assert again == "python train.py --resume a --data-dir 'a folder' --kernels plain"
     monkeypatch.setattr(train, "Loader", original)
-    assert train.main(["--resume", "a", "--threads", "1"]) == 0
+    assert train.main([*shlex.split(again)[2:], "--threads", "1"]) == 0
     assert train.main(["--epochs", "2", "--out", "b"]) == 0
     assert outcome("a") == outcome("b")
 

@@ -33,6 +33,9 @@ class Known:
     def eval(self):
         return self.train(False)
 
+    def walk(self):
+        return [("", self)]
+
     def forward(self, x):
         return self.logits[x[:, 0].astype(int)]
 
@@ -388,3 +391,15 @@ def test_an_evaluation_asks_the_device_for_what_was_not_finite():
     net.streams._pending = {"conv1.act": np.True_}
     with pytest.raises(minifqt.NonFiniteError, match=r"^conv1\.act"):
         minifqt.evaluate(net, Loader(digits()[1], 16, None, train=False))
+
+
+def test_evaluation_leaves_each_layer_in_the_mode_that_it_had():
+    net = models.build("resnet8", 10, "bhq5", seed=0, channels=1)
+    batches = Loader(digits()[1], 64, None, train=False)
+    net.eval()
+    net.layer1.train()
+    before = [layer.training for _, layer in net.walk()]
+    minifqt.evaluate(net, batches)
+    assert [layer.training for _, layer in net.walk()] == before
+    assert {True, False} == set(before)
+    assert not net.conv1.q.act.training

@@ -21,15 +21,10 @@ def epilogue(ab, b1, a1, n, scale, zero_a, zero_b):
 
     One order on every device, rounded once: a zero can be 4·10⁷ (a row of 1000 ± 0.003) and its
     terms nearly cancel.
-    b1 is None where every zero_a is 0, a1 where every zero_b is 0: a term less, the same bits.
     """
-    y = ab
-    if b1 is not None:
-        y = y - zero_a * b1
-    if a1 is not None:
-        y = y - zero_b * a1
-    if b1 is not None and a1 is not None:
-        y = y + (zero_a * zero_b) * n
+    y = ab - zero_a * b1
+    y = y - zero_b * a1
+    y = y + (zero_a * zero_b) * n
     return (y * scale).astype("float32")
 
 
@@ -221,13 +216,14 @@ def bhq_transform(ranges):
 
     Sort, group, scale, reflect, one group after another. Row r of T·x is the r-th mixed row: groups
     in order, a group's leader first. Rows with the same range keep their order.
+    ranges  (N,), N ≥ 3, none 0: BHQ leaves constant rows alone, each rounded by itself
     Source: arXiv 2010.14298, the block Householder quantizer; grouping and scales as in the
     authors' code.
     """
     N = len(ranges)
     order = np.argsort(-ranges, kind="stable")
     v = ranges[order]
-    # k small rows; there is such a k for N ≥ 3.
+    # k small rows; there is such a k for N ≥ 3 and ranges above 0.
     k = next(k for k in range(1, N) if k * v[N - k - 1] > v[:N - k].sum())
     leaders = N - k
     ends = np.rint(np.cumsum(v[:leaders]) * k / v[:leaders].sum()).astype(int)

@@ -7,7 +7,7 @@ import gc
 import math
 import tracemalloc
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 
 import numpy as np
@@ -19,7 +19,8 @@ from minifqt.layers import Layer
 from minifqt.layers.base import Quantized
 from minifqt.losses import cross_entropy
 from minifqt.qtensor import QTensor
-from minifqt.study.probe import same_modes, unchanged
+from minifqt.study.probe import unchanged
+from minifqt.training import same_modes
 
 KINDS = ("fprop", "wgrad", "dgrad")
 
@@ -32,6 +33,7 @@ class Call:
     a: QTensor
     b: QTensor
     rest: tuple = ()                                      # of a convolution: stride, padding, …
+    options: dict = field(default_factory=dict)
 
     @property
     def layer(self) -> str:
@@ -62,8 +64,9 @@ class Call:
         return self.a.shape[0] * math.prod(size) * self.b.shape[0] * self.terms
 
     def again(self) -> Array:
-        """The product once more, by the kernel that the step uses."""
-        return getattr(conv if self.rest else gemm, self.kind)(self.a, self.b, *self.rest)
+        """The product once more, as the step asked for it: BHQ's rows unmixed in the kernel."""
+        product = getattr(conv if self.rest else gemm, self.kind)
+        return product(self.a, self.b, *self.rest, **self.options)
 
     def plainly(self, c: int) -> Array:
         """Its channel c alone, in int64 and one epilogue (kernels/reference.py)."""
@@ -92,7 +95,7 @@ def watched():
     def noting(product, kind):
         @wraps(product)
         def note(a, b, *rest, **options):
-            calls.append(Call(kind, a, b, rest))
+            calls.append(Call(kind, a, b, rest, options))
             return product(a, b, *rest, **options)
         return note
 

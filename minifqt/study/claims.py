@@ -80,7 +80,10 @@ def study_layers(flags, setting):
     text = (f"total variance {total:.4g} ± {found.total[1]:.2g}, by {draws} draws; total / sum of "
             f"terms {ratio:.3f} ± {error:.3f}; " + (
                 f"CORRELATED: {correlated[0][1]} and {correlated[0][2]}, z {correlated[0][0]:.1f}"
-                if correlated else "no two sites' noises are correlated"))
+                if correlated else f"no two sites' noises correlated beyond chance, |z| < "
+                f"{found.limit:.2f}") + (
+                "; too few draws: the error of that ratio should be 0.05 at most" if error > 0.05
+                else ""))
     holds = not correlated and abs(ratio - 1) < max(0.1, 4 * error)
     return ({"network": str(setting), "draws": draws, **asdict(found)},
             table(["site", "variance of the gradient", "share"], rows) + text, holds)

@@ -17,6 +17,7 @@ from minifqt.losses import cross_entropy
 from minifqt.qtensor import QTensor
 from minifqt.quantizers import Bound
 from minifqt.rng import Streams
+from minifqt.training import same_modes
 
 
 class Probe:
@@ -110,19 +111,6 @@ class Probe:
     def _keep_error(self, t):
         self.errors[t.name] = t.codes
         return t
-
-
-@contextmanager
-def same_modes(net: Layer):
-    """Afterwards each layer is in training or evaluation as it was before."""
-    before = [(layer, layer.training) for _, layer in net.walk()]
-    try:
-        yield
-    finally:
-        for layer, training in before:
-            layer.training = training
-            if isinstance(layer, Quantized):
-                layer.q.act.training = training
 
 
 @contextmanager

@@ -50,11 +50,10 @@ class Setting:
                 raise ValueError(f"{source} was made by another version of minifqt ({error}): "
                                  "study it with that one.") from None
         else:
-            self.config = {**train.PRESETS["digits"], "dataset": "digits", "recipe": "bhq5",
-                           "lr": 0.1, "seed": seed, "epochs": max(1, epochs), "warmup": 0,
-                           "schedule": "cosine", "momentum": 0.9, "weight_decay": 1e-4,
-                           "label_smoothing": 0.0}
-            self.recipe = minifqt.recipe("bhq5")
+            flags = vars(train.parser().parse_args([]))
+            self.config = {key: flags[key] for key in KEYS} | train.PRESETS["digits"] | {
+                "dataset": "digits", "seed": seed, "epochs": max(1, epochs)}
+            self.recipe = minifqt.recipe(self.config["recipe"])
         config, preset = self.config, train.PRESETS[self.config["dataset"]]
         self.dataset, _ = data.load(config["dataset"], data_dir)
         self.net = minifqt.fuse(models.build(
