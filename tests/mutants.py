@@ -52,7 +52,7 @@ def apply(mutant: Mutant, text: str) -> str:
 
 def _run(folder: Path, tests: list[str], output: Path) -> None:
     """What `python -m pytest` does, in a forked process."""
-    sink = os.open(output, os.O_WRONLY | os.O_CREAT)
+    sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.chdir(folder)
@@ -72,7 +72,7 @@ def run(folder: Path, tests: list[str], seconds: int) -> tuple[int, str]:
     process.join(seconds)
     process.kill()                                        # nothing where it has ended
     process.join()
-    return process.exitcode - OURS, output.read_text()
+    return process.exitcode - OURS, output.read_text(errors="replace")
 
 
 def outcome(mutant: Mutant, healthy: Path) -> tuple[str, float]:
