@@ -15,9 +15,10 @@ if choice.numba is not None:
     from numba import njit
 
     from minifqt.kernels.cpu import noise, team
+    from minifqt.kernels.cpu.amx import configure
     from minifqt.kernels.cpu.board import leave, seat, take
     from minifqt.kernels.cpu.choice import ISAS, WORD
-    from minifqt.kernels.cpu.tiles import lanes_of, tile
+    from minifqt.kernels.cpu.tiles import lanes_of, panel
 
     # No cache on disk: numba would not notice that board.py or tiles.py has changed.
     compiled = njit(nogil=True, error_model="numpy")
@@ -33,7 +34,7 @@ NUMBERS = 2048                                            # 16 kB of int32 and f
 def measure(flags):
     """All a second, by flags.threads threads, the best of some runs.
 
-    products  {instructions: integer multiply-adds}, the tile on operands in L1
+    products  {instructions: integer multiply-adds}, tiles on operands in L1
     floats    float32 multiply-adds of a large matrix product of NumPy's; other operations are
               taken to be as fast
     memory    [{"bytes", "read", "copy"}], bytes of a working set and bytes moved
@@ -43,9 +44,9 @@ def measure(flags):
     found = {"products": {}, "memory": []}
     for name in choice.supported()[:-1]:
         isa = ISAS[name]
-        a = np.ones((T, len(isa.tile[0]), WORDS, isa.group), isa.dtype)
-        b = np.ones((T, WORDS, isa.lanes, isa.group), isa.dtype)
-        out = np.empty((T, len(isa.tile[0]), isa.lanes), np.int32)
+        a = np.ones((T, 2 * isa.rows, WORDS, isa.group), isa.dtype)
+        b = np.ones((T, 2, WORDS, isa.lanes, isa.group), isa.dtype)
+        out = np.empty((T, 2 * isa.rows, 2 * isa.lanes), np.int32)
         done = tasks * TURNS * WORDS * isa.group * out[0].size
         found["products"][name] = rate(done, times, multiply, tasks, *isa.tile, a, b, out)
     found["floats"] = float_rate(flags.side, T, times)
@@ -107,14 +108,19 @@ def float_rate(side, threads, times):
 
 @compiled
 def multiply(counter, tasks, rows, vectors, a, b, out):
-    """The tile of sums.py, TURNS times over a thread's a (rows, WORDS) and b (WORDS, lanes)."""
+    """The panels of sums.py, TURNS times over a thread's a (rows, WORDS) and b (2, WORDS, lanes).
+
+    Two tiles of rows by two of lanes.
+    """
     me = seat(counter)
     if me < 0:
         return
-    left, right, sums = a[me].ctypes.data, b[me].ctypes.data, out[me].ctypes.data
+    line = lanes_of(vectors) * WORD
     while take(counter) < tasks:
-        tile(rows, vectors, b, left, WORDS * WORD, right, sums, lanes_of(vectors),
-             ((TURNS, 0, 0), (1, 0, 0), (WORDS, WORD, lanes_of(vectors) * WORD)), ())
+        configure(rows, a.shape[1], WORDS)
+        panel(rows, vectors, b, (a[me].ctypes.data, WORDS * WORD, a.shape[1], 0, 1),
+              (b[me].ctypes.data, WORDS * line, 2), (out[me].ctypes.data, out.shape[2], 0),
+              ((TURNS, 0, 0), (1, 0, 0), (WORDS, WORD, line)), ())
     leave(counter, me)
 
 

@@ -21,7 +21,7 @@ from models import resnet_cifar
 
 REFERENCE = "PyTorch float32 channels_last"               # all ratios are to its median
 CLASSES, LR = 10, 0.01                                    # small: there is nothing to learn
-INSTRUCTIONS = ("auto", "vnni512", "vnni256", "avx2", "numpy")
+INSTRUCTIONS = ("auto", "amx", "vnni512", "vnni256", "avx2", "numpy")
 SETTINGS = {"full": {"batch": 128, "repeats": 15, "warmup": 2},
             "quick": {"batch": 4, "repeats": 1, "warmup": 0}}
 

@@ -1,5 +1,6 @@
 """The CPU's instructions: chosen by name, never needed; compiled anew when their source changes."""
 import ast
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -44,11 +45,35 @@ def test_instructions_that_this_cpu_lacks_raise(set_instructions, monkeypatch):
     ({"avx2", "avx512f", "avx512bw", "avx512vl"}, ["avx2", "numpy"]),
     ({"avx2", "avx512vnni"}, ["avx2", "numpy"]),
     ({"avx2", "avx512vnni", "avx512vl"}, ["vnni256", "avx2", "numpy"]),
-    ({"avx2", "avx512vnni", "avx512bw"}, ["vnni512", "avx2", "numpy"])])
+    ({"avx2", "avx512vnni", "avx512bw"}, ["vnni512", "avx2", "numpy"]),
+    ({"avx2", "amx-int8"}, ["avx2", "numpy"]),
+    ({"avx2", "amx-tile", "amx-int8"}, ["amx", "avx2", "numpy"])])
 def test_what_is_supported_follows_from_the_cpus_features(features, expected, monkeypatch):
     pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
     monkeypatch.setattr(choice, "_features", dict.fromkeys(features, True))
     assert choice.supported() == expected
+
+
+def test_amx_is_asked_for_where_it_is_and_only_on_linux(monkeypatch):
+    if "amx" in choice.supported():
+        assert choice._matrices_allowed()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not choice._matrices_allowed()
+
+
+@pytest.mark.parametrize("given", [None, "+sse2"])
+def test_loops_take_512_bits_unless_numba_was_told_otherwise(given):
+    pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
+    code = ("from minifqt.kernels.cpu import choice; import numba; "
+            "print(bool(choice._features.get('avx512f')), numba.config.CPU_FEATURES)")
+    rest = {name: value for name, value in os.environ.items() if name != "NUMBA_CPU_FEATURES"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=rest | ({"NUMBA_CPU_FEATURES": given} if given else {}), cwd=ROOT)
+    wide, found = done.stdout.split()
+    if given or wide == "False":
+        assert found == str(given)
+    else:
+        assert found.endswith(",-prefer-256-bit")
 
 
 def test_auto_is_the_fastest(set_instructions):
@@ -116,7 +141,8 @@ def stamps():
 
 
 @pytest.mark.parametrize(("edited", "stale"), [
-    ("choice", set(KERNELS)), ("tiles", FROM_TILES), ("noise", FROM_NOISE),
+    ("choice", set(KERNELS) - {"amx"}), ("amx", {"amx", *FROM_TILES}), ("tiles", FROM_TILES),
+    ("noise", FROM_NOISE),
     ("wgrad", {"products", "wgrad"}), ("scales", FROM_SCALES),
     ("products", {"products"})])
 def test_an_edit_makes_stale_what_imports_the_file_and_nothing_else(edited, stale, monkeypatch):

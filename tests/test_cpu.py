@@ -21,13 +21,15 @@ from minifqt.qtensor import as_floats
 from minifqt.quantizers import affine
 from minifqt.rng import Stream, nearest
 
-pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
+numba = pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
 from minifqt.kernels.cpu import (  # noqa: E402 - numba is there
+    amx,
     channels,
     choice,
     packing,
     products,
     scales,
+    tiles,
 )
 
 SPECS = ["ptq", "ptqz", "sym", "psq", "bhq"]
@@ -76,15 +78,45 @@ def test_compiled_products_equal_the_reference_for_each_shape_and_kind_of_codes(
 @pytest.mark.parametrize("name", choice.supported()[:-1])
 @pytest.mark.parametrize("many", [True, False])
 def test_tiles_for_many_registers_and_for_few(many, name, set_instructions, monkeypatch):
-    """AVX-512 has 32 vector registers, AVX2 alone 16: rows of two vectors are 8, or 4."""
+    """AVX-512 has 32 vector registers, AVX2 alone 16: rows of two vectors are 8, or 4; AMX's 16."""
     set_instructions(name)
     monkeypatch.setitem(choice._features, "avx512vl", many)
-    rows, vectors = choice.isa().tile
-    assert len(vectors) * len(vectors[0]) == 16
-    assert len(rows) == (4 if len(vectors) == 2 and not many else 8)
+    isa = choice.isa()
+    assert isa.lanes == 16
+    assert isa.rows == (16 if name == "amx" else 4 if isa.vectors == 2 and not many else 8)
     for seed in range(8):
         assert_same_bits(four_products(np.random.default_rng(seed), products, weights),
                          four_products(np.random.default_rng(seed), reference, weights))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_panel_is_all_products_of_rows_and_blocks(seed, instructions):
+    """Whole and odd numbers of tiles, groups, blocks and words, in three loops."""
+    rng, isa = np.random.default_rng(seed), choice.isa()
+    count, words = rng.integers(1, 50, 2)
+    outer, inner, groups, blocks = rng.integers(1, 4, 4)
+    tall, wide, start = -(-count // isa.rows) * isa.rows, words * isa.group, 3
+    a = rng.integers(0, 256, (outer, inner, groups, tall, wide)).astype(f"u{4 // isa.group}")
+    b = rng.integers(-128, 128, (outer, inner, blocks, words, isa.lanes, isa.group))
+    b = b.astype(isa.dtype)
+    whole = np.einsum("oigmk,oibkl->gmbl", a.astype(int), b.swapaxes(4, 5).reshape(
+        outer, inner, blocks, wide, isa.lanes).astype(int))[:, :count]
+    for accumulate in ((), (0,)):
+        c = np.full((groups, tall, blocks, isa.lanes), start, "int32")
+        multiply_panel(*isa.tile, a, b, count, c, accumulate)
+        assert (c[:, :count] == whole + (start if accumulate else 0)).all()
+
+
+@numba.njit(error_model="numpy")
+def multiply_panel(rows, vectors, a, b, count, c, accumulate):
+    (outer, inner, groups, tall, wide), (blocks, words, lanes) = a.shape, b.shape[2:5]
+    row, line = wide * b.itemsize, words * lanes * 4
+    amx.configure(rows, count, words)
+    tiles.panel(rows, vectors, b.reshape(-1), (a.ctypes.data, row, count, tall * row, groups),
+                (b.ctypes.data, line, blocks),
+                (c.ctypes.data, blocks * lanes, tall * blocks * lanes),
+                ((outer, inner * groups * tall * row, inner * blocks * line),
+                 (inner, groups * tall * row, blocks * line), (words, 4, lanes * 4)), accumulate)
 
 
 @pytest.mark.parametrize("strip", [1, 100, 700])

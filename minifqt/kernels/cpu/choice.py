@@ -1,5 +1,6 @@
 """Which of the CPU's instructions the integer products use: asked once, said in the log.
 
+    amx      tdpbusd       256 sums of 64 products u8 × s8   AMX: matrices of 16 rows (amx.py)
     vnni512  vpdpbusd zmm   16 sums of 4 products u8 × s8    AVX-512 VNNI
     vnni256  vpdpbusd ymm    8 sums of 4 products u8 × s8    AVX-VNNI, or AVX-512 VNNI with VL
     avx2     vpmaddwd ymm    8 sums of 2 products s16 × s16  any AVX2 (vpmaddubsw would saturate)
@@ -9,6 +10,7 @@ All give the same integers. Float products of Identity operands take fused multi
 bits by 8 and by 16; by numpy they are summed in another order. Next: tiles.py.
 """
 import ast
+import ctypes
 import sys
 from contextlib import suppress
 from functools import cache
@@ -23,6 +25,7 @@ import numpy as np
 try:
     import llvmlite.binding
     import numba
+    from numba.core.codegen import get_host_cpu_features
 except ImportError as error:
     numba, _missing = None, str(error)
 
@@ -45,11 +48,18 @@ class Isa(NamedTuple):
         return self.width * self.vectors
 
     @property
+    def rows(self) -> int:
+        """Rows of a tile. All its sums, and what is multiplied, stay in registers: 32 with AVX-512,
+        else 16; AMX's own hold 16 rows."""
+        if self.name == "amx":
+            return 16
+        return 8 if _features.get("avx512vl") or self.vectors == 1 else 4
+
+    @property
     def tile(self) -> tuple[tuple, tuple]:
-        """A tile's shape as tiles.tile takes it: rows, and vectors of a row. All its sums, and what
-        is multiplied, stay in registers: 32 with AVX-512, else 16."""
-        rows = 8 if _features.get("avx512vl") or self.vectors == 1 else 4
-        return (0,) * rows, ((0,) * self.width,) * self.vectors
+        """A tile's shape as tiles.panel takes it: rows, and vectors of a row; of AMX: matrices."""
+        rows = ((0,) * self.rows,) if self.name == "amx" else (0,) * self.rows
+        return rows, ((0,) * self.width,) * self.vectors
 
     @property
     def group(self) -> int:
@@ -58,6 +68,7 @@ class Isa(NamedTuple):
 
 
 ISAS = {isa.name: isa for isa in (
+    Isa("amx", 16, 1, np.int8, (("amx-int8", "amx-tile"),)),
     Isa("vnni512", 16, 1, np.int8, (("avx512vnni", "avx512bw"),)),
     Isa("vnni256", 8, 2, np.int8, (("avxvnni",), ("avx512vnni", "avx512vl"))),
     Isa("avx2", 8, 2, np.int16, (("avx2",),)))}
@@ -148,5 +159,14 @@ def source_stamp(module: str) -> str:
     return sha256(b"".join(parts)).hexdigest()
 
 
+def _matrices_allowed():
+    """Whether Linux lets this process use AMX's registers, which must be asked for."""
+    ask, request, registers = 158, 0x1023, 18             # arch_prctl, ARCH_REQ_XCOMP_PERM
+    return sys.platform == "linux" and not ctypes.CDLL(None).syscall(ask, request, registers)
+
+
 _features = dict(llvmlite.binding.get_host_cpu_features()) if numba else {}
+if _features.get("avx512f") and numba.config.CPU_FEATURES is None:    # LLVM prefers 256 on Intel's
+    numba.config.CPU_FEATURES = get_host_cpu_features() + ",-prefer-256-bit"
+_features["amx-int8"] = _features.get("amx-int8", False) and _matrices_allowed()
 _chosen = _fastest = supported()[0]

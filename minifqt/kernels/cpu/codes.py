@@ -8,7 +8,7 @@ import numpy as np
 from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.noise import BLOCKS, CHUNK, noise_of
-from minifqt.kernels.cpu.tiles import float_of, ordered, rint, steps
+from minifqt.kernels.cpu.tiles import apart, float_of, ordered, rint, steps
 
 NOTHING_BESIDE = (np.zeros((3, 1), np.float32), *np.zeros(2, np.float32),
                   np.frombuffer(bytes(16), np.uint64), 0, -1, np.empty(0, np.uint8))
@@ -22,6 +22,7 @@ def round_run(x, noise, shift, inv, code, lowest, highest, out):
 
     code and the limits are integers: clipped first, rounded and converted in one, it is the same.
     """
+    apart()
     least, most, whole = lowest - code, highest - code, np.int32(code)
     for i in range(len(x)):
         fixed = (x[i] - shift) * inv
@@ -136,6 +137,7 @@ def row_ranges(counter, x, low, high):
 @compiled
 def normalize_run(x, norm, floor, out):
     """max(weight · ((x − mean) · inv_std) + bias, floor).  norm (4, run): these four vectors."""
+    apart()
     mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
     for i in range(len(x)):
         y = weight[i] * ((x[i] - mean[i]) * inv_std[i]) + bias[i]

@@ -12,7 +12,7 @@ from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.sums import place
 from minifqt.kernels.cpu.team import begin, share
-from minifqt.kernels.cpu.tiles import lanes_of, tile
+from minifqt.kernels.cpu.tiles import lanes_of, panel
 
 PARTS, PART = 16, 1 << 24                                 # partial sums, and numbers in all of them
 CACHE = 1 << 17                                           # bytes of pixels, read once a tap
@@ -56,7 +56,7 @@ def wgrad_parts(counter, canvases, places, rows, vectors, g, x, wide, offset, st
         return
     (N, P, Q, _), C, R, none = g.shape, x.shape[3], taps[0], np.uint32(0)
     spots, (count, _, words, padded) = places[me], parts.shape
-    strip, zero = spots.shape[0], np.int64(0)
+    strip, zero, lanes = spots.shape[0], np.int64(0), lanes_of(vectors)
     tall = (strip - 1) * stride + R
     image = canvases[me, :tall * wide * C].reshape(tall, wide, C)
     line = wide * C * WORD
@@ -73,11 +73,9 @@ def wgrad_parts(counter, canvases, places, rows, vectors, g, x, wide, offset, st
                 loops = ((1, 0, 0), (min(strip, P - top), stride * line, Q * padded * WORD),
                          (Q, stride * C * WORD, padded * WORD))
                 for r in range(R):
-                    for word in range(0, words, len(rows)):
-                        a = image.ctypes.data + r * line + word * WORD
-                        for k in range(0, padded, lanes_of(vectors)):
-                            tile(rows, vectors, parts, a, WORD, spots.ctypes.data + k * WORD,
-                                 sums[r, word, k:].ctypes.data, padded, loops, (0,))
+                    panel(rows, vectors, parts, (image.ctypes.data + r * line, WORD, words, 0, 1),
+                          (spots.ctypes.data, lanes * WORD, padded // lanes),
+                          (sums[r].ctypes.data, padded, 0), loops, (0,))
     leave(counter, me)
 
 

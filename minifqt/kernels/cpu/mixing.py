@@ -8,6 +8,7 @@ from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_beside, round_run, widen
 from minifqt.kernels.cpu.noise import BLOCKS, TURN, noise_of
 from minifqt.kernels.cpu.scales import grid_row
+from minifqt.kernels.cpu.tiles import apart
 from minifqt.kernels.reference import UNIT
 
 CHUNK = 16 * 2 * TURN                                     # columns of a group at a time, in cache
@@ -19,6 +20,7 @@ def group_sum(x, source, before, left, right, root, total):
 
     root  1/√n;  gain = 1 / (1 − root)
     """
+    apart()
     n, lead, scale = len(source), x[source[0], left:right], before[0]
     gain = 1 / (1 - root) if n > 1 else 1.0
     if n == 2 or n == 3:                                  # most groups: the same in one loop
@@ -51,6 +53,7 @@ def group_sum(x, source, before, left, right, root, total):
 @compiled
 def reflect_row(row, before, v, total, after, out):
     """out = (row · before − v · total) · after."""
+    apart()
     for i in range(len(out)):
         out[i] = (row[i] * before - v * total[i]) * after
 

@@ -12,7 +12,7 @@ from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import normalize_run, row_range
 from minifqt.kernels.cpu.noise import TURN
-from minifqt.kernels.cpu.tiles import square_and
+from minifqt.kernels.cpu.tiles import apart, square_and
 
 RUN = 16 * TURN                                           # numbers of a run of vectors: 2 kB each
 SUMS = 128                                                # of accumulators
@@ -31,6 +31,7 @@ def summarize_run(x, run, s1, s2, low, high):
 
     Four runs at a time, or the accumulators' own loads and stores would take most of it.
     """
+    apart()
     whole = len(x) // (4 * run) * (4 * run)
     for start in range(0, whole, 4 * run):
         a, b = x[start:start + run], x[start + run:start + 2 * run]
@@ -163,51 +164,52 @@ def pixel_means(counter, x, norm, floor, out):
     leave(counter, me)
 
 
-@compiled
-def gate_row(dy, x, norm, floor):
-    """dy becomes g: dy where weight · x̂ + bias is above floor, else 0.  Flat, whole pixels."""
-    mean, inv_std, weight, bias = norm[0], norm[1], norm[2], norm[3]
-    for start in range(0, len(x), norm.shape[1]):
-        stop = min(len(x), start + norm.shape[1])
-        row, g = x[start:stop], dy[start:stop]
-        for i in range(len(row)):
-            y = weight[i] * ((row[i] - mean[i]) * inv_std[i]) + bias[i]
-            g[i] *= ONE if y > floor else ZERO
-
-
-@compiled
-def both(g, x, mean, inv_std):
-    """g and g · x̂.  Numbers."""
-    return np.float64(g), np.float64(g * ((x - mean) * inv_std))
+@partial(compiled, forceinline=True)
+def gated(g, x, mean, inv_std, weight, bias, floor):
+    """g where weight · x̂ + bias is above floor, else 0; and this · x̂.  Numbers."""
+    x_hat = (x - mean) * inv_std
+    g = g * (ONE if weight * x_hat + bias > floor else ZERO)
+    return g, g * x_hat
 
 
 @partial(compiled, forceinline=True)                      # its many arguments cost much
-def gradient_sums_rows(g, x, norm, run, s1, s2):
-    """s1 += g, s2 += g · x̂, place by place, for flat g, x of whole pixels; four runs at a time."""
-    mean, inv_std = norm[0], norm[1]
+def gate_four(p, q, r, s, a, b, c, d, mean, inv_std, weight, bias, floor, s1, s2):
+    """gate_rows of four runs p .. s of g, where x is a .. d."""
+    apart()
+    for i in range(len(s1)):
+        g0, h0 = gated(p[i], a[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+        g1, h1 = gated(q[i], b[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+        g2, h2 = gated(r[i], c[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+        g3, h3 = gated(s[i], d[i], mean[i], inv_std[i], weight[i], bias[i], floor)
+        p[i], q[i], r[i], s[i] = g0, g1, g2, g3
+        s1[i] += (np.float64(g0) + np.float64(g1)) + (np.float64(g2) + np.float64(g3))
+        s2[i] += (np.float64(h0) + np.float64(h1)) + (np.float64(h2) + np.float64(h3))
+
+
+@partial(compiled, forceinline=True)
+def gate_rows(g, x, norm, floor, s1, s2):
+    """g, if weight · x̂ + bias is not above floor, becomes 0; s1 += g, s2 += g · x̂, place by place.
+
+    g, x  flat, of whole pixels; four runs at a time, as in summarize_run
+    """
+    mean, inv_std, weight, bias, run = norm[0], norm[1], norm[2], norm[3], len(s1)
     whole = len(x) // (4 * run) * (4 * run)
-    for start in range(0, whole, 4 * run):
-        a, b = x[start:start + run], x[start + run:start + 2 * run]
-        c, d = x[start + 2 * run:start + 3 * run], x[start + 3 * run:start + 4 * run]
-        p, q = g[start:start + run], g[start + run:start + 2 * run]
-        r, s = g[start + 2 * run:start + 3 * run], g[start + 3 * run:start + 4 * run]
-        for i in range(run):
-            g0, h0 = both(p[i], a[i], mean[i], inv_std[i])
-            g1, h1 = both(q[i], b[i], mean[i], inv_std[i])
-            g2, h2 = both(r[i], c[i], mean[i], inv_std[i])
-            g3, h3 = both(s[i], d[i], mean[i], inv_std[i])
-            s1[i] += (g0 + g1) + (g2 + g3)
-            s2[i] += (h0 + h1) + (h2 + h3)
+    for i in range(0, whole, 4 * run):
+        j, k, m, n = i + run, i + 2 * run, i + 3 * run, i + 4 * run
+        gate_four(g[i:j], g[j:k], g[k:m], g[m:n], x[i:j], x[j:k], x[k:m], x[m:n], mean, inv_std,
+                  weight, bias, floor, s1, s2)
     for start in range(whole, len(x), run):
         for i in range(min(run, len(x) - start)):
-            g0, h0 = both(g[start + i], x[start + i], mean[i], inv_std[i])
+            g0, h0 = gated(g[start + i], x[start + i], mean[i], inv_std[i], weight[i], bias[i],
+                           floor)
+            g[start + i] = g0
             s1[i] += g0
             s2[i] += h0
 
 
 @compiled
 def gradient_sums(counter, dy, x, norm, floor, C, g, sums):
-    """gate_row and gradient_sums_rows of each image.  dy, x (N, D) → g (N, D), sums (2, N, C).
+    """gate_rows of each image.  dy, x (N, D) → g (N, D), sums (2, N, C).
 
     dy  may be (N, C), that of all pixels alike
     """
@@ -226,8 +228,7 @@ def gradient_sums(counter, dy, x, norm, floor, C, g, sums):
             part = g[n, start:start + dy.shape[1]]
             for i in range(len(part)):
                 part[i] = dy[n, i]
-        gate_row(g[n], x[n], norm, floor)
-        gradient_sums_rows(g[n], x[n], norm, run, s1, s2)
+        gate_rows(g[n], x[n], norm, floor, s1, s2)
         fold(s1, s2, unused, unused, C, n, sums, nothing)
     leave(counter, me)
 

@@ -163,14 +163,14 @@ def begin_wgrad(g, x, kernel, stride, padding):
 def wgrad_plan(group, out, image, kernel, stride, padding):
     """What follows from shapes alone: (images, strip, quads, pitch), and where taps meet pixels.
 
-    so many images fit a cache, `strip` rows of each, in words of `group` pixels; between them the
-    shapes of a thread's sums, total and x1
+    so many images fit a cache, `strip` rows of each, in `quads` words of `group` pixels, `pitch`
+    pixels from row to row; between them the shapes of a thread's sums, total and x1
     """
     (_, P, Q, K), (_, H, W, C), (R, S) = out, image, kernel
     strip = max(1, min(P, STRIP // (Q * max(C, K)), TERMS // Q))
     images = max(1, min(IMAGES, TERMS // (strip * Q), STRIP // (strip * Q * max(C, K))))
-    quads = -(-Q // group)
-    pitch = -(-(quads * group + (S - 1) // stride) // 16) * 16
+    pitch = -(-(Q + (S - 1) // stride) // group) * group
+    quads = (Q + group - 1) // group
     present = tuple(np.array([blas.inside(length, side, tap - padding, stride)
                               for tap in range(taps)])
                     for length, side, taps in ((P, H, R), (Q, W, S)))
@@ -184,7 +184,7 @@ def matmul(a, b):
     if K > TERMS or not a.is_integer:
         return blas.matmul(a, b)
     flip_b, flip_a = flips_of(b, a)
-    left = np.zeros((-(-M // 8) * 8, -(-K // isa.group), isa.group), isa.dtype)
+    left = np.zeros((-(-M // isa.rows) * isa.rows, -(-K // isa.group), isa.group), isa.dtype)
     left.reshape(len(left), -1)[:M, :K] = codes_of(a) ^ flip_a
     signed = (codes_of(b) ^ flip_b).view(np.int8)
     out = np.empty((len(left), -(-J // isa.lanes) * isa.lanes), np.int32)

@@ -10,12 +10,15 @@ import math
 
 import numpy as np
 
+from minifqt.kernels.cpu.amx import HEIGHT, configure
 from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
-from minifqt.kernels.cpu.norms import fold, gate_row, gradient_sums_rows, run_of, summarize_run
+from minifqt.kernels.cpu.norms import fold, gate_rows, run_of, summarize_run
 from minifqt.kernels.cpu.packing import packed, prepared, rank
-from minifqt.kernels.cpu.tiles import fetch, lanes_of, tile
+from minifqt.kernels.cpu.tiles import apart, fetch, lanes_of, panel, rows_of
+
+SUMS = 1 << 12                                            # of rows of pixels at a time: 16 kB
 
 
 @compiled
@@ -60,35 +63,41 @@ def taps_at(y, offset, spread, taps):
 
 @compiled
 def scratch(kinds, strip, Q, taps, spread, stride, b, M):
-    """A canvas under so many rows of pixels, (tall, wide, C'), and sums of a row, whole tiles."""
+    """A canvas under so many rows of pixels, (tall, wide, C'), and sums of some rows, whole tiles.
+
+    With AMX of several, which then share the weights that are in registers.
+    """
     (R, S), (blocks, _, words, width, group) = taps, b.shape
     count = (Q + M * spread - 1) // (M * spread) * M * spread
+    height = max(1, min(strip, SUMS // (count * blocks * width)))
     tall = ((strip - 1) * stride + R - 1) // spread + 1
     wide = ((count - 1) * stride + S - 1) // spread + 1
     return (np.empty((tall, wide, words * group // S), kinds[0].dtype),
-            np.empty(count * blocks * width, kinds[2].dtype))
+            np.empty((height if M == HEIGHT else 1, count * blocks * width), kinds[2].dtype))
 
 
 @compiled
-def correlate_row(rows, vectors, canvas, y, offset, spread, stride, b, taps, sums):
-    """Sums of row y of the pixels under a canvas: sums (pixels · K',).
+def correlate_rows(rows, vectors, canvas, y, height, offset, spread, stride, b, taps, Q, sums):
+    """Sums of rows y .. of the pixels under a canvas: sums (height or more, Q or more pixels · K').
 
     b, packed: blocks of K, filter rows, words of a filter row, lanes, group; taps as in taps_at
     """
-    (R, S), (blocks, _, words, width, _), M = taps, b.shape, len(rows)
+    (R, S), (blocks, _, words, width, _) = taps, b.shape
     pixel, padded = canvas.shape[2] * b.itemsize, blocks * width
-    pitch, line = canvas.shape[1] * pixel, words * width * WORD
-    r, tall, p = taps_at(y, offset[0], spread, R)
-    for phase in range(spread):
-        s, wide, q = taps_at(phase, offset[1], spread, S)
-        start = canvas.ctypes.data + (p * pitch + q * pixel) * stride
-        loops = ((1, 0, 0), (tall, pitch, line), (wide * words // S, WORD, width * WORD))
-        for block in range(blocks):
-            weights = b.ctypes.data + (block * R + r) * line + s * line // S
-            for i in range(0, len(sums) // padded // spread, M):
-                tile(rows, vectors, b, start + i * stride * pixel, stride * pixel, weights,
-                     sums.ctypes.data + 4 * ((i * spread + phase) * padded + block * width),
-                     spread * padded, loops, ())
+    pitch, line, count = canvas.shape[1] * pixel, words * width * WORD, (Q + spread - 1) // spread
+    for above in range(min(spread, height)):
+        r, tall, p = taps_at(y + above, offset[0], spread, R)
+        for before in range(spread):
+            s, wide, q = taps_at(before, offset[1], spread, S)
+            if S % spread:                                # phases differ in their taps
+                configure(rows, count, wide * words // S)
+            panel(rows, vectors, b, (canvas.ctypes.data + (p * pitch + q * pixel) * stride,
+                                     stride * pixel, count, stride * pitch,
+                                     (height - above + spread - 1) // spread),
+                  (b.ctypes.data + r * line + s * line // S, R * line, blocks),
+                  (sums[above].ctypes.data + 4 * before * padded, spread * padded,
+                   spread * sums.shape[1]),
+                  ((1, 0, 0), (tall, pitch, line), (wide * words // S, WORD, width * WORD)), ())
 
 
 @compiled
@@ -97,6 +106,7 @@ def scale_row(total, padded, K, zero, flip, ones, scale_a, scale_b, out):
 
     In the precision of `ones`, Σb;  zero, scale_a of an image, scale_b (K or 1,)
     """
+    apart()
     number = ones.dtype.type
     zero, scale_a = number(zero), number(scale_a)
     if padded != K:                                       # close the gaps
@@ -134,7 +144,7 @@ def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, t
         return
     (N, P, Q, K), taps = y.shape, (down.shape[1], right.shape[1])
     b, b1 = prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right)
-    canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, len(rows))
+    canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, rows_of(rows))
     run, padded = run_of(K), b.shape[0] * b.shape[3]
     corner = (offset[0] // spread, offset[1] // spread)   # of the pixels, side by side
     flat_y, width = y.reshape(N, P * Q * K), Q * K
@@ -144,16 +154,22 @@ def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, t
         n = take(counter)
         if n >= N:
             break
+        configure(rows, (Q + spread - 1) // spread, b.shape[2] // spread)
         s1[:], s2[:], low[:], high[:] = 0, 0, np.inf, -np.inf
         for top in range(0, P, strip):
             place(canvas, a[n], flip, top * stride // spread, corner)
-            for p in range(top, min(P, top + strip)):
+            stop = min(P, top + strip)
+            for p in range(top, stop):
+                i = (p - top) % len(acc)
+                if i == 0:                                # sums of some rows at a time
+                    last = min(stop, p + len(acc))
+                    fetch(flat_y[n, p * width:last * width])
+                    if residual.size:
+                        fetch(residual[n, p:last])
+                    correlate_rows(rows, vectors, canvas, p - top, last - p, offset, spread, stride,
+                                   b, taps, Q, acc)
                 out = flat_y[n, p * width:(p + 1) * width]
-                fetch(out)
-                if residual.size:
-                    fetch(residual[n, p])
-                correlate_row(rows, vectors, canvas, p - top, offset, spread, stride, b, taps, acc)
-                scale_row(acc, padded, K, zero[n % len(zero)], flip, b1[row_kind[p]],
+                scale_row(acc[i], padded, K, zero[n % len(zero)], flip, b1[row_kind[p]],
                           scale_a[n % len(scale_a)], scale_b, out)
                 if residual.size:
                     other = residual[n, p]
@@ -182,7 +198,7 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
         return
     (N, P, Q, K), taps = y.shape, (down.shape[1], right.shape[1])
     b, b1 = prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right)
-    canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, len(rows))
+    canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, rows_of(rows))
     mixed, run = np.empty((largest, strip * Q * K), np.float32), run_of(K)
     total = np.empty(4 * run)
     padded, corner = b.shape[0] * b.shape[3], (offset[0] // spread, offset[1] // spread)
@@ -197,16 +213,21 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
         group, top = task // strips, task % strips * strip
         height, first, last = min(strip, P - top), starts[group], starts[group + 1]
         root = 1 / math.sqrt(last - first)
+        configure(rows, (Q + spread - 1) // spread, b.shape[2] // spread)
         s1[:], s2[:], D, at = 0, 0, height * Q * K, top * Q * K
         for j in range(first, last):
             place(canvas, a[j], flip, top * stride // spread, corner)
             for p in range(height):
-                here = slice(at + p * Q * K, at + (p + 1) * Q * K)
-                fetch(x[target[j], here])
-                fetch(residual[target[j], here])
-                fetch(flat_y[target[j], here])
-                correlate_row(rows, vectors, canvas, p, offset, spread, stride, b, taps, acc)
-                scale_row(acc, padded, K, zero[j % len(zero)], flip, b1[row_kind[top + p]],
+                i = p % len(acc)
+                if i == 0:
+                    stop = min(height, p + len(acc))
+                    here = slice(at + p * Q * K, at + stop * Q * K)
+                    fetch(x[target[j], here])
+                    fetch(residual[target[j], here])
+                    fetch(flat_y[target[j], here])
+                    correlate_rows(rows, vectors, canvas, p, stop - p, offset, spread, stride, b,
+                                   taps, Q, acc)
+                scale_row(acc[i], padded, K, zero[j % len(zero)], flip, b1[row_kind[top + p]],
                           scale_a[j % len(scale_a)], scale_b,
                           mixed[j - first, p * Q * K:(p + 1) * Q * K])
         for left in range(0, D, 4 * run):
@@ -222,9 +243,7 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
                     for i in range(len(out)):
                         out[i] += more[i]
                 if x.size:
-                    row = x[target[j], at + left:at + right]
-                    gate_row(out, row, norm, floor)
-                    gradient_sums_rows(out, row, norm, run, s1, s2)
+                    gate_rows(out, x[target[j], at + left:at + right], norm, floor, s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
     leave(counter, me)
 
@@ -239,14 +258,15 @@ def gemm_rows(counter, rows, vectors, a, w, turned, spread, out):
     if me < 0:
         return
     b, lanes = packed(w, turned, spread, a.reshape(-1), vectors), lanes_of(vectors)
-    M, words = a.shape[:2]
+    M, words, height = *a.shape[:2], rows_of(rows)
     while True:
         task = take(counter)
-        if task >= M // len(rows):
+        if task >= M // height:
             break
-        for block in range(b.shape[0]):
-            tile(rows, vectors, b, a.ctypes.data + task * len(rows) * words * WORD, words * WORD,
-                 b.ctypes.data + block * words * lanes * WORD,
-                 out.ctypes.data + 4 * (task * len(rows) * out.shape[1] + block * lanes),
-                 out.shape[1], ((1, 0, 0), (1, 0, 0), (words, WORD, lanes * WORD)), ())
+        configure(rows, height, words)
+        panel(rows, vectors, b,
+              (a.ctypes.data + task * height * words * WORD, words * WORD, height, 0, 1),
+              (b.ctypes.data, words * lanes * WORD, b.shape[0]),
+              (out.ctypes.data + 4 * task * height * out.shape[1], out.shape[1], 0),
+              ((1, 0, 0), (1, 0, 0), (words, WORD, lanes * WORD)), ())
     leave(counter, me)

@@ -1,8 +1,9 @@
 """One generator of micro-kernels, and the few instructions that NumPy's language lacks.
 
 A tile multiplies `rows` broadcast words by a row of vectors of words and keeps all sums in
-registers. What is compiled is told by types alone (a tuple of 8 numbers means 8 rows), so that
-numba can keep the machine code in its cache on disk. Next: products.py.
+registers; a panel is a grid of tiles. What is compiled is told by types alone (a tuple of 8 numbers
+means 8 rows), so that numba can keep the machine code in its cache on disk. With AMX: amx.py. Next:
+products.py.
 """
 import numpy as np
 from llvmlite import ir
@@ -10,6 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from minifqt.kernels.cpu import amx
 from minifqt.kernels.cpu.choice import compiled
 
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
@@ -17,78 +19,138 @@ BYTES, WORDS = ir.VectorType(ir.IntType(8), 16), ir.VectorType(I32, 16)
 
 
 @intrinsic
-def tile(typingctx, rows, vectors, like, a, a_row, b, c, ldc, loops, accumulate):
-    """c[rows, lanes] (+)= Σ over three nested loops of word(a) · vector(b), int32 or float32.
+def panel(typingctx, rows, vectors, like, a, b, c, loops, accumulate):
+    """c[rows, lanes] (+)= Σ over three nested loops of word(a) · vector(b), tile by tile.
 
-    rows, vectors  the tile's shape (Isa.tile): so many rows, vectors of so many lanes in each
-    like           an array of packed codes, int8, int16 or float32: which instruction (choice.py)
-    a, b, c        addresses; a_row bytes between the rows of a; ldc sums between rows of c
-    loops          three (count, bytes a moves, bytes b moves), the outermost first
-    accumulate     a tuple, empty to start from zero
+    rows, vectors  a tile's shape (Isa.tile): so many rows, vectors of so many lanes in each
+    like   an array of packed codes, int8, int16 or float32: which instruction (choice.py)
+    a      address, bytes between rows, rows (whole tiles of them are read); bytes between groups of
+           so many rows, groups
+    b      address, bytes between blocks of a tile's lanes, blocks
+    c      address, sums between rows, sums between groups
+    loops  three (count, bytes a moves, bytes b moves), the outermost first; the last passes words
+    accumulate  a tuple, empty to start from zero
     """
-    M, V, L = rows.count, vectors.count, vectors.dtype.count
+    add, matrix = accumulate.count > 0, amx.is_matrix(rows)
     short, real = like.dtype == types.int16, like.dtype == types.float32
-    element = ir.FloatType() if real else I32
-    wide = ir.VectorType(element, L)
-    name = (f"llvm.fma.v{L}f32" if real else "llvm.x86.avx2.pmadd.wd" if short else
-            f"llvm.x86.avx512.vpdpbusd.{32 * L}")
-    add = accumulate.count > 0
-    signature = types.void(rows, vectors, like, *[types.intp] * 5, loops, accumulate)
+    signature = types.void(rows, vectors, like, a, b, c, loops, accumulate)
 
     def codegen(context, builder, signature, arguments):  # noqa: ARG001 - numba's signature
-        *_, a, a_row, b, c, ldc, loops, _ = arguments
+        a, b, c = (cgutils.unpack_tuple(builder, v) for v in arguments[3:6])
+        nest = [cgutils.unpack_tuple(builder, v)
+                for v in cgutils.unpack_tuple(builder, arguments[6])]
+        if matrix:
+            amx.panel(builder, a, b, c, nest, add)
+            return context.get_dummy_value()
+        M, V, L = rows.count, vectors.count, vectors.dtype.count
+        (a, a_row, count, a_group, groups), (b, b_block, blocks), (c, pitch, c_group) = a, b, c
         number = lambda v: ir.Constant(I64, v)            # noqa: E731
-        undefined, zeros = ir.Constant(wide, ir.Undefined), ir.Constant(wide, [0] * L)
-        everywhere = ir.Constant(ir.VectorType(I32, L), [0] * L)
-
-        def dot(total, left, right):
-            if not short:
-                f = cgutils.get_or_insert_function(
-                    builder.module, ir.FunctionType(wide, [wide] * 3), name)
-                return builder.call(f, [left, right, total] if real else [total, left, right])
-            pairs = ir.VectorType(I16, 2 * L)
-            f = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(wide, [pairs] * 2), name)
-            pair = builder.call(f, [builder.bitcast(v, pairs) for v in (left, right)])
-            return builder.add(total, pair)
-
-        def place(m, v):
-            row = builder.add(c, builder.mul(number(4 * m), ldc))
-            return builder.add(row, number(4 * L * v))
-
-        sums = {at: cgutils.alloca_once(builder, wide) for at in np.ndindex(M, V)}   # registers
-        for at, total in sums.items():
-            builder.store(_load(builder, place(*at), wide) if add else zeros, total)
-
-        def nest(level, a, b):
-            if level == 3:
-                right = [_load(builder, builder.add(b, number(4 * L * v)), wide) for v in range(V)]
-                for m in range(M):
-                    word = _load(builder, builder.add(a, builder.mul(a_row, number(m))), element)
-                    single = builder.insert_element(undefined, word, ir.Constant(I32, 0))
-                    left = builder.shuffle_vector(single, undefined, everywhere)
-                    for v in range(V):
-                        total = builder.load(sums[m, v])
-                        builder.store(dot(total, left, right[v]), sums[m, v])
-                return
-            count, a_step, b_step = (
-                builder.extract_value(builder.extract_value(loops, level), i) for i in range(3))
-            with cgutils.for_range(builder, count) as loop:
-                nest(level + 1, builder.add(a, builder.mul(a_step, loop.index)),
-                     builder.add(b, builder.mul(b_step, loop.index)))
-
-        nest(0, a, b)
-        for at, total in sums.items():
-            _store(builder, builder.load(total), place(*at))
+        tiles = builder.udiv(builder.add(count, number(M - 1)), number(M))
+        with (cgutils.for_range(builder, blocks) as block,
+              cgutils.for_range(builder, groups) as group,
+              cgutils.for_range(builder, tiles) as down):
+            row = builder.mul(down.index, number(M))
+            start = builder.add(a, builder.mul(group.index, a_group))
+            place = builder.add(builder.mul(row, pitch), builder.mul(block.index, number(V * L)))
+            place = builder.add(place, builder.mul(group.index, c_group))
+            start = builder.add(start, builder.mul(row, a_row))
+            _tile(builder, M, V, _Lanes(L, short, real), start, a_row,
+                  builder.add(b, builder.mul(block.index, b_block)),
+                  builder.add(c, builder.mul(place, number(4))), pitch, nest, add)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+class _Lanes:
+    """The instruction that adds word(a) · vector(b) to so many sums."""
+
+    def __init__(self, lanes, short, real):
+        self.lanes, self.short, self.real = lanes, short, real
+        self.element = ir.FloatType() if real else I32
+        self.wide = ir.VectorType(self.element, lanes)
+
+    def dot(self, builder, total, left, right):
+        L, wide = self.lanes, self.wide
+        name = (f"llvm.fma.v{L}f32" if self.real else "llvm.x86.avx2.pmadd.wd" if self.short else
+                f"llvm.x86.avx512.vpdpbusd.{32 * L}")
+        if not self.short:
+            f = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(wide, [wide] * 3), name)
+            return builder.call(f, [left, right, total] if self.real else [total, left, right])
+        pairs = ir.VectorType(I16, 2 * L)
+        f = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [pairs] * 2), name)
+        pair = builder.call(f, [builder.bitcast(v, pairs) for v in (left, right)])
+        return builder.add(total, pair)
+
+
+def _tile(builder, M, V, lanes, a, a_row, b, c, pitch, loops, add):
+    """IR of one tile in vector registers: M rows of V vectors; addresses."""
+    number, L, wide = (lambda v: ir.Constant(I64, v)), lanes.lanes, lanes.wide
+    undefined, zeros = ir.Constant(wide, ir.Undefined), ir.Constant(wide, [0] * L)
+    everywhere = ir.Constant(ir.VectorType(I32, L), [0] * L)
+
+    def place(m, v):
+        row = builder.add(c, builder.mul(number(4 * m), pitch))
+        return builder.add(row, number(4 * L * v))
+
+    sums = {at: cgutils.alloca_once(builder, wide) for at in np.ndindex(M, V)}   # registers
+    for at, total in sums.items():
+        builder.store(_load(builder, place(*at), wide) if add else zeros, total)
+
+    def nest(level, a, b):
+        if level == 3:
+            right = [_load(builder, builder.add(b, number(4 * L * v)), wide) for v in range(V)]
+            for m in range(M):
+                word = _load(builder, builder.add(a, builder.mul(a_row, number(m))), lanes.element)
+                single = builder.insert_element(undefined, word, ir.Constant(I32, 0))
+                left = builder.shuffle_vector(single, undefined, everywhere)
+                for v in range(V):
+                    total = builder.load(sums[m, v])
+                    builder.store(lanes.dot(builder, total, left, right[v]), sums[m, v])
+            return
+        count, a_step, b_step = loops[level]
+        with cgutils.for_range(builder, count) as loop:
+            nest(level + 1, builder.add(a, builder.mul(a_step, loop.index)),
+                 builder.add(b, builder.mul(b_step, loop.index)))
+
+    nest(0, a, b)
+    for at, total in sums.items():
+        _store(builder, builder.load(total), place(*at))
+
+
+@intrinsic
+def rows_of(typingctx, rows):
+    """Rows of a tile."""
+    count = amx.HEIGHT if amx.is_matrix(rows) else rows.count
+
+    def codegen(context, builder, signature, arguments):  # noqa: ARG001 - numba's signature
+        return ir.Constant(I64, count)
+
+    return types.intp(rows), codegen
 
 
 @compiled
 def lanes_of(vectors):
     """Sums in a row of a tile with these vectors."""
     return len(vectors) * len(vectors[0])
+
+
+@intrinsic
+def apart(typingctx):
+    """Promises that no two arrays that this function is given share memory, if one is written to.
+
+    Without it each loop first compares the addresses of all, or does without vectors.
+    """
+    def codegen(context, builder, signature, arguments):  # noqa: ARG001 - numba's signature
+        given = builder.function.args[2:]                 # behind numba's own: result, exception
+        kinds, byte = [value.type for value in given], ir.IntType(8).as_pointer()
+        for i in range(len(given) - 4):
+            if kinds[i:i + 4] == [byte, byte, I64, I64]:  # an array: owner, parent, sizes, data
+                given[i + 4].add_attribute("noalias")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic

@@ -5,10 +5,11 @@ g as words of a few pixels. Of floats: floats.py. Who calls, and with what: prod
 """
 import numpy as np
 
+from minifqt.kernels.cpu.amx import configure
 from minifqt.kernels.cpu.board import add, leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.sums import place
-from minifqt.kernels.cpu.tiles import lanes_of, tile, turn16, words16
+from minifqt.kernels.cpu.tiles import lanes_of, panel, turn16, words16
 
 
 @compiled
@@ -26,15 +27,17 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
     if me < 0:
         return
     (N, P, Q, _), (R, S), (images, strip, quads, pitch) = g.shape, taps, sizes
-    (room, padded), tall, wide = total.shape[3:], (strip - 1) * stride + R, pitch * stride
-    size, group, width = kind.itemsize, WORD // kind.itemsize, lanes_of(vectors)
-    line, strips = pitch * size, (P + strip - 1) // strip
+    (room, padded), tall, size = total.shape[3:], (strip - 1) * stride + R, kind.itemsize
+    group, width, strips = WORD // size, lanes_of(vectors), (P + strip - 1) // strip
+    wide, deep = (pitch + 15) // 16 * 16, (tall - 1) // stride + 1
+    line = ((deep * pitch + wide + S) * size // 64 + 1 | 1) * 64  # odd: rows are apart in cache
     tasks, mine = (N + images - 1) // images * strips, total[me].reshape(-1)
-    image = np.empty((tall, wide, room), np.uint8)
+    codes = np.empty((tall * pitch + 16) * stride * room, np.uint8)     # read past its end
+    image = codes[:tall * pitch * stride * room].reshape(tall, pitch * stride, room)
     spots = np.empty((strip, quads * group, padded), np.uint8)
-    left = np.empty((images, tall, stride, room, pitch), kind.dtype)
+    left = np.empty((images, stride, stride, room, line // size), kind.dtype)
     right = np.empty((images, strip, quads, padded), np.uint32)
-    sums, seen = np.empty(total.shape[1:], np.int32), np.empty(image.shape, np.uint16)
+    sums, seen = np.zeros(total.shape[1:], np.int32), np.empty(image.shape, np.uint16)
     flat, zero = sums.reshape(-1), np.int64(0)
     while True:
         task = take(counter)
@@ -44,18 +47,19 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
             for part in (mine, x1[me].reshape(-1), g1[me:me + 1].reshape(-1)):
                 for i in range(len(part)):
                     part[i] = 0
-        sums[:], seen[:] = 0, 0
+        seen[:] = 0
         start, top = task // strips * images, task % strips * strip
         height, count = min(strip, P - top), min(images, N - start)
         for n in range(count):
-            # x as rows of channels, one for each phase of the stride; g as words of a few pixels
+            # x as rows of channels, for each phase of the stride; g as words of a few pixels
             place(image, x[start + n], flip_x, top * stride, offset)
             add_codes(image, 0, seen)
             for y in range(tall):
                 for phase in range(stride):
-                    for q in range(0, pitch, 16):
+                    for q in range(0, wide, 16):          # past its end: the next row comes
                         a = image.ctypes.data + (y * image.shape[1] + q * stride + phase) * room
-                        b = left[n, y, phase].ctypes.data + q * size
+                        b = left[n, y % stride, phase].ctypes.data
+                        b += (y // stride * pitch + q) * size
                         for c in range(0, room, 16):
                             turn16(left, a + c, stride * room, b + c * line, line)
             if g1.size:
@@ -67,16 +71,17 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
                     b = right[n, p, quad].ctypes.data
                     for k in range(0, padded, 16):
                         words16(left, a + k, padded, b + k * WORD)
+        configure(rows, x.shape[3], quads)
         for r in range(R):
-            for s in range(S):                            # a tap moves x by the size of a code
-                a = left.ctypes.data + (r * stride + s % stride) * room * line + s // stride * size
-                for k in range(0, padded, width):
-                    for c in range(0, x.shape[3], len(rows)):
-                        tile(rows, vectors, left, a + c * line, line, right.ctypes.data + k * WORD,
-                             sums[r, s, c].ctypes.data + k * 4, padded,
-                             ((count, tall * stride * room * line, strip * quads * padded * WORD),
-                              (height, stride * stride * room * line, quads * padded * WORD),
-                              (quads, WORD, padded * WORD)), (0,))
+            for s in range(min(S, stride)):               # a tap moves x by the size of a code
+                a = left[0, r % stride, s].ctypes.data + r // stride * pitch * size
+                panel(rows, vectors, left,
+                      (a, line, x.shape[3], size, (S - s + stride - 1) // stride),
+                      (right.ctypes.data, width * WORD, padded // width),
+                      (sums[r, s].ctypes.data, padded, stride * room * padded),
+                      ((count, stride * stride * room * line, strip * quads * padded * WORD),
+                       (height, pitch * size, quads * padded * WORD),
+                       (quads, WORD, padded * WORD)), ())
         add_taps(seen, x1[me], stride, height, Q)
         for i in range(len(flat)):                        # int32 holds the sums of one task
             mine[i] += flat[i]
@@ -98,19 +103,19 @@ def add_codes(codes, flip, total):
 @compiled
 def add_taps(image, x1, stride, height, Q):
     """x1[r, s, c] += Σ over output pixels of what tap (r, s) reads.  image (tall, wide, C)."""
-    R, S, C = x1.shape
-    row = np.empty(C, np.int64)
-    for y in range(image.shape[0]):
+    (R, S, C), room = x1.shape, image.shape[2]
+    total = np.empty(image[0].size, np.uint32)
+    for r in range(R):
+        total[:] = 0
+        for p in range(height):                           # long rows innermost
+            row = image[r + p * stride].reshape(-1)
+            for i in range(len(row)):
+                total[i] += row[i]
         for s in range(S):
-            row[:] = 0
             for q in range(Q):
+                pixel = total[(s + q * stride) * room:]
                 for c in range(C):
-                    row[c] += image[y, s + q * stride, c]
-            for r in range(R):
-                p, rest = divmod(y - r, stride)
-                if rest == 0 and 0 <= p < height:
-                    for c in range(C):
-                        x1[r, s, c] += row[c]
+                    x1[r, s, c] += pixel[c]
 
 
 @compiled
