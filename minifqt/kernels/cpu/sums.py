@@ -163,9 +163,10 @@ def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, t
                 i = (p - top) % len(acc)
                 if i == 0:                                # sums of some rows at a time
                     last = min(stop, p + len(acc))
-                    fetch(flat_y[n, p * width:last * width])
-                    if residual.size:
-                        fetch(residual[n, p:last])
+                    if len(acc) == 1:                     # more at once would only crowd the cache
+                        fetch(flat_y[n, p * width:last * width])
+                        if residual.size:
+                            fetch(residual[n, p])
                     correlate_rows(rows, vectors, canvas, p - top, last - p, offset, spread, stride,
                                    b, taps, Q, acc)
                 out = flat_y[n, p * width:(p + 1) * width]
@@ -221,10 +222,11 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
                 i = p % len(acc)
                 if i == 0:
                     stop = min(height, p + len(acc))
-                    here = slice(at + p * Q * K, at + stop * Q * K)
-                    fetch(x[target[j], here])
-                    fetch(residual[target[j], here])
-                    fetch(flat_y[target[j], here])
+                    if len(acc) == 1:
+                        here = slice(at + p * Q * K, at + stop * Q * K)
+                        fetch(x[target[j], here])
+                        fetch(residual[target[j], here])
+                        fetch(flat_y[target[j], here])
                     correlate_rows(rows, vectors, canvas, p, stop - p, offset, spread, stride, b,
                                    taps, Q, acc)
                 scale_row(acc[i], padded, K, zero[j % len(zero)], flip, b1[row_kind[top + p]],
