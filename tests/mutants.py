@@ -16,7 +16,6 @@ from time import monotonic
 
 ROOT = Path(__file__).parents[1]
 WORKERS = 2
-OURS = 100                                                # what a process adds to pytest's status
 FORKS = get_context("forkserver")                         # each test in a fresh process, which need
 FORKS.set_forkserver_preload(["hypothesis", "numba", "pytest"])             # not import these
 
@@ -50,8 +49,8 @@ def apply(mutant: Mutant, text: str) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def _run(folder: Path, tests: list[str], output: Path) -> None:
-    """What `python -m pytest` does, in a forked process."""
+def _run(folder: Path, tests: list[str], output: Path, status: Path) -> None:
+    """What `python -m pytest` does, in a forked process; its status in a file of its own."""
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
@@ -60,19 +59,25 @@ def _run(folder: Path, tests: list[str], output: Path) -> None:
     import pytest
 
     known = "ignore::pytest.PytestAssertRewriteWarning"   # hypothesis is there before pytest looks
-    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", known, *tests])
-    sys.exit(OURS + status)
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", known, *tests])
+    status.write_text(str(int(code)))
 
 
 def run(folder: Path, tests: list[str], seconds: int) -> tuple[int, str]:
-    """Pytest's exit status, negative where there was none, and what it printed."""
-    output = folder / "output.txt"
-    process = FORKS.Process(target=_run, args=(folder, tests, output))
+    """Pytest's exit status, −1 where there was none, and what it printed.
+
+    A process's own status may get lost where several threads start processes.
+    """
+    output, status = folder / "output.txt", folder / "status.txt"
+    for path in (output, status):
+        path.unlink(missing_ok=True)                      # a copy's are links to the healthy one's
+    process = FORKS.Process(target=_run, args=(folder, tests, output, status))
     process.start()
     process.join(seconds)
     process.kill()                                        # nothing where it has ended
     process.join()
-    return process.exitcode - OURS, output.read_text(errors="replace")
+    code = int(status.read_text()) if status.exists() else -1
+    return code, output.read_text(errors="replace") if output.exists() else ""
 
 
 def outcome(mutant: Mutant, healthy: Path) -> tuple[str, float]:
