@@ -54,7 +54,7 @@ def panel(typingctx, rows, vectors, like, a, b, c, loops, accumulate):
             place = builder.add(builder.mul(row, pitch), builder.mul(block.index, number(V * L)))
             place = builder.add(place, builder.mul(group.index, c_group))
             start = builder.add(start, builder.mul(row, a_row))
-            _tile(builder, M, V, _Lanes(L, short, real), start, a_row,
+            _tile(builder, M, V, _Instruction(L, short, real), start, a_row,
                   builder.add(b, builder.mul(block.index, b_block)),
                   builder.add(c, builder.mul(place, number(4))), pitch, nest, add)
         return context.get_dummy_value()
@@ -62,7 +62,7 @@ def panel(typingctx, rows, vectors, like, a, b, c, loops, accumulate):
     return signature, codegen
 
 
-class _Lanes:
+class _Instruction:
     """The instruction that adds word(a) · vector(b) to so many sums."""
 
     def __init__(self, lanes, short, real):
@@ -70,7 +70,8 @@ class _Lanes:
         self.element = ir.FloatType() if real else I32
         self.wide = ir.VectorType(self.element, lanes)
 
-    def dot(self, builder, total, left, right):
+    def add(self, builder, total, left, right):
+        """total + left · right."""
         L, wide = self.lanes, self.wide
         name = (f"llvm.fma.v{L}f32" if self.real else "llvm.x86.avx2.pmadd.wd" if self.short else
                 f"llvm.x86.avx512.vpdpbusd.{32 * L}")
@@ -84,9 +85,9 @@ class _Lanes:
         return builder.add(total, pair)
 
 
-def _tile(builder, M, V, lanes, a, a_row, b, c, pitch, loops, add):
-    """IR of one tile in vector registers: M rows of V vectors; addresses."""
-    number, L, wide = (lambda v: ir.Constant(I64, v)), lanes.lanes, lanes.wide
+def _tile(builder, M, V, dots, a, a_row, b, c, pitch, loops, add):
+    """IR of one tile in vector registers, M rows of V vectors, by the instruction `dots`."""
+    number, L, wide = (lambda v: ir.Constant(I64, v)), dots.lanes, dots.wide
     undefined, zeros = ir.Constant(wide, ir.Undefined), ir.Constant(wide, [0] * L)
     everywhere = ir.Constant(ir.VectorType(I32, L), [0] * L)
 
@@ -102,12 +103,12 @@ def _tile(builder, M, V, lanes, a, a_row, b, c, pitch, loops, add):
         if level == 3:
             right = [_load(builder, builder.add(b, number(4 * L * v)), wide) for v in range(V)]
             for m in range(M):
-                word = _load(builder, builder.add(a, builder.mul(a_row, number(m))), lanes.element)
+                word = _load(builder, builder.add(a, builder.mul(a_row, number(m))), dots.element)
                 single = builder.insert_element(undefined, word, ir.Constant(I32, 0))
                 left = builder.shuffle_vector(single, undefined, everywhere)
                 for v in range(V):
                     total = builder.load(sums[m, v])
-                    builder.store(lanes.dot(builder, total, left, right[v]), sums[m, v])
+                    builder.store(dots.add(builder, total, left, right[v]), sums[m, v])
             return
         count, a_step, b_step = loops[level]
         with cgutils.for_range(builder, count) as loop:
