@@ -27,6 +27,7 @@ _inside, _before, _blas_lock = 0, [], Lock()              # of one_blas_thread
 _pool: ThreadPoolExecutor | None = None
 _ELEMENTS = 1 << 18                                       # in a block of elementwise work
 _LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
+PAGE = 4096                                               # bytes
 _shelf: dict[int, list["_Memory"]] = {}                  # free memory by size
 _SLAB, _slab_lock = 1 << 26, Lock()                      # bytes of a piece
 _slab = np.empty(0, np.uint8)                             # what is left of the last large piece
@@ -153,7 +154,7 @@ def scratch(use: str, shape: tuple, dtype="float32", xp=np) -> Array:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = getattr(_own, use, None)
     if memory is None or len(memory) < size:
-        memory = np.empty(size, np.uint8)
+        memory = _paged(size)
         setattr(_own, use, memory)
     return np.ndarray(shape, dtype, memory)
 
@@ -173,16 +174,25 @@ class _Loan(np.ndarray):
 
 
 def _new_memory(size):
-    """Bytes cut from large pieces, which NumPy asks the system to keep in large pages."""
+    """Bytes cut from large pieces, which NumPy asks the system to keep in large pages.
+
+    They begin with a page: a vector of 64 bytes then lies in one cache line, not across two.
+    """
     global _slab
-    room = -(-size // 4096) * 4096
+    room = -(-size // PAGE) * PAGE
     if room > _SLAB // 4:
-        return np.empty(size, np.uint8).view(_Memory)
+        return _paged(size).view(_Memory)
     with _slab_lock:
         if len(_slab) < room:
-            _slab = np.empty(_SLAB, np.uint8)
+            _slab = _paged(_SLAB)
         memory, _slab = _slab[:size].view(_Memory), _slab[room:]
     return memory
+
+
+def _paged(size):
+    memory = np.empty(size + PAGE, np.uint8)
+    start = -memory.ctypes.data % PAGE
+    return memory[start:start + size]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Next: sums.py.
 import numpy as np
 
 from minifqt.kernels.cpu.choice import WORD, compiled
-from minifqt.kernels.cpu.tiles import lanes_of
+from minifqt.kernels.cpu.tiles import lanes_of, lined
 
 
 @compiled
@@ -42,7 +42,8 @@ def packed(w, turned, spread, like, vectors):
     if turned:
         K, C = C, K
     words = (C + group - 1) // group                      # of a tap
-    out = np.empty(((K + width - 1) // width, R, S * words, width, group), like.dtype)
+    shape = ((K + width - 1) // width, R, S * words, width, group)
+    out = lined(shape[0] * R * S * words * width * group, like).reshape(shape)
     if K % width or C % group:
         out[:] = 0
     for first in range(0, K, width):

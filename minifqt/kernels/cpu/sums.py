@@ -16,7 +16,7 @@ from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
 from minifqt.kernels.cpu.norms import fold, gate_rows, run_of, summarize_run
 from minifqt.kernels.cpu.packing import packed, prepared, rank
-from minifqt.kernels.cpu.tiles import apart, fetch, lanes_of, panel, rows_of
+from minifqt.kernels.cpu.tiles import apart, fetch, lanes_of, lined, panel, rows_of
 
 SUMS = 1 << 12                                            # of rows of pixels at a time: 16 kB
 
@@ -72,8 +72,10 @@ def scratch(kinds, strip, Q, taps, spread, stride, b, M):
     height = max(1, min(strip, SUMS // (count * blocks * width)))
     tall = ((strip - 1) * stride + R - 1) // spread + 1
     wide = ((count - 1) * stride + S - 1) // spread + 1
-    return (np.empty((tall, wide, words * group // S), kinds[0].dtype),
-            np.empty((height if M == HEIGHT else 1, count * blocks * width), kinds[2].dtype))
+    room, height = words * group // S, height if M == HEIGHT else 1
+    size = count * blocks * width
+    return (lined(tall * wide * room, kinds[0]).reshape(tall, wide, room),
+            lined(height * size, kinds[2]).reshape(height, size))
 
 
 @compiled

@@ -15,6 +15,7 @@ from minifqt.kernels.cpu import amx
 from minifqt.kernels.cpu.choice import compiled
 
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+LINE = 64                                                 # bytes
 BYTES, WORDS = ir.VectorType(ir.IntType(8), 16), ir.VectorType(I32, 16)
 
 
@@ -135,6 +136,14 @@ def rows_of(typingctx, rows):
 def lanes_of(vectors):
     """Sums in a row of a tile with these vectors."""
     return len(vectors) * len(vectors[0])
+
+
+@compiled
+def lined(count, like):
+    """So many numbers (count,) of the dtype of `like`, not set, that begin with a cache line."""
+    memory = np.empty(count * like.itemsize + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    return memory[start:start + count * like.itemsize].view(like.dtype)
 
 
 @intrinsic

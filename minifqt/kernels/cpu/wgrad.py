@@ -5,11 +5,13 @@ g as words of a few pixels. Of floats: floats.py. Who calls, and with what: prod
 """
 import numpy as np
 
-from minifqt.kernels.cpu.amx import configure
+from minifqt.kernels.cpu.amx import HEIGHT, configure
 from minifqt.kernels.cpu.board import add, leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.sums import place
-from minifqt.kernels.cpu.tiles import lanes_of, panel, turn16, words16
+from minifqt.kernels.cpu.tiles import LINE, lanes_of, lined, panel, rows_of, turn16, words16
+
+NEAR = 40_000                                             # bytes of codes read for all taps in turn
 
 
 @compiled
@@ -30,15 +32,21 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
     (room, padded), tall, size = total.shape[3:], (strip - 1) * stride + R, kind.itemsize
     group, width, strips = WORD // size, lanes_of(vectors), (P + strip - 1) // strip
     wide, deep = (pitch + 15) // 16 * 16, (tall - 1) // stride + 1
-    line = ((deep * pitch + wide + S) * size // 64 + 1 | 1) * 64  # odd: rows are apart in cache
+    line = ((deep * pitch + wide + S) * size // LINE + 1 | 1) * LINE  # odd: apart in cache
     tasks, mine = (N + images - 1) // images * strips, total[me].reshape(-1)
-    codes = np.empty((tall * pitch + 16) * stride * room, np.uint8)     # read past its end
+    codes = lined((tall * pitch + 16) * stride * room, g)               # read past its end
     image = codes[:tall * pitch * stride * room].reshape(tall, pitch * stride, room)
     spots = np.empty((strip, quads * group, padded), np.uint8)
-    left = np.empty((images, stride, stride, room, line // size), kind.dtype)
-    right = np.empty((images, strip, quads, padded), np.uint32)
-    sums, seen = np.zeros(total.shape[1:], np.int32), np.empty(image.shape, np.uint16)
-    flat, zero = sums.reshape(-1), np.int64(0)
+    left = lined(images * stride * stride * room * line // size, kind)
+    left = left.reshape(images, stride, stride, room, line // size)
+    down = pitch // group                                 # words from row to row
+    right = lined(images * strip * down * padded * WORD, g).view(np.uint32)
+    right = right.reshape(images, strip, down, padded)
+    right[:] = 0
+    near = max(1, NEAR // (room * line + strip * down * padded * WORD))
+    sums = lined(total[0].size * WORD, g).view(np.int32).reshape(total.shape[1:])
+    seen = np.empty(image.shape, np.uint16)
+    flat, zero, joined = sums.reshape(-1), np.int64(0), rows_of(rows) == HEIGHT
     while True:
         task = take(counter)
         if task >= tasks:
@@ -47,7 +55,7 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
             for part in (mine, x1[me].reshape(-1), g1[me:me + 1].reshape(-1)):
                 for i in range(len(part)):
                     part[i] = 0
-        seen[:] = 0
+        seen[:], sums[:] = 0, 0
         start, top = task // strips * images, task % strips * strip
         height, count = min(strip, P - top), min(images, N - start)
         for n in range(count):
@@ -71,17 +79,21 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
                     b = right[n, p, quad].ctypes.data
                     for k in range(0, padded, 16):
                         words16(left, a + k, padded, b + k * WORD)
-        configure(rows, x.shape[3], quads)
-        for r in range(R):
-            for s in range(min(S, stride)):               # a tap moves x by the size of a code
-                a = left[0, r % stride, s].ctypes.data + r // stride * pitch * size
-                panel(rows, vectors, left,
-                      (a, line, x.shape[3], size, (S - s + stride - 1) // stride),
-                      (right.ctypes.data, width * WORD, padded // width),
-                      (sums[r, s].ctypes.data, padded, stride * room * padded),
-                      ((count, stride * stride * room * line, strip * quads * padded * WORD),
-                       (height, pitch * size, quads * padded * WORD),
-                       (quads, WORD, padded * WORD)), ())
+        # AMX wants long contractions: all rows of pixels as one, with zeros of g between
+        lines, words = (1, (height - 1) * down + quads) if joined else (height, quads)
+        configure(rows, x.shape[3], words)
+        for n in range(0, count, near):
+            for r in range(R):
+                for s in range(min(S, stride)):           # a tap moves x by the size of a code
+                    a = left[n, r % stride, s].ctypes.data + r // stride * pitch * size
+                    panel(rows, vectors, left,
+                          (a, line, x.shape[3], size, (S - s + stride - 1) // stride),
+                          (right[n].ctypes.data, width * WORD, padded // width),
+                          (sums[r, s].ctypes.data, padded, stride * room * padded),
+                          ((min(near, count - n), stride * stride * room * line,
+                            strip * down * padded * WORD),
+                           (lines, pitch * size, down * padded * WORD),
+                           (words, WORD, padded * WORD)), (0,))
         add_taps(seen, x1[me], stride, height, Q)
         for i in range(len(flat)):                        # int32 holds the sums of one task
             mine[i] += flat[i]
