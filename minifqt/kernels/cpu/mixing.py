@@ -1,5 +1,6 @@
 """The row transform of BHQ, compiled: reflections of groups of rows by group sums, in cache."""
 import math
+from functools import partial
 
 import numpy as np
 
@@ -15,17 +16,25 @@ CHUNK = 16 * 2 * TURN                                     # columns of a group a
 
 
 @compiled
+def factor(before, j):
+    """before[j], or 1 where there is None."""
+    if before is None:
+        return 1.0
+    return before[j]
+
+
+@compiled
 def group_sum(x, source, before, left, right, root, total):
     """total = (y₁ − Σy · root) · gain over y_j = x[source[j], left:right] · before[j], float64.
 
-    root  1/√n;  gain = 1 / (1 − root)
+    before  None: of ones;  root  1/√n;  gain = 1 / (1 − root)
     """
     apart()
-    n, lead, scale = len(source), x[source[0], left:right], before[0]
+    n, lead, scale = len(source), x[source[0], left:right], factor(before, 0)
     gain = 1 / (1 - root) if n > 1 else 1.0
     if n == 2 or n == 3:                                  # most groups: the same in one loop
-        one, other, p, q = (x[source[1], left:right], x[source[n - 1], left:right], before[1],
-                            before[n - 1])
+        one, other, p, q = (x[source[1], left:right], x[source[n - 1], left:right],
+                            factor(before, 1), factor(before, n - 1))
         if n == 2:
             for i in range(len(total)):
                 y = lead[i] * scale
@@ -39,18 +48,18 @@ def group_sum(x, source, before, left, right, root, total):
         total[i] = lead[i] * scale
     for j in range(1, n - 1, 2):                          # in order, two rows a turn
         one, other = x[source[j], left:right], x[source[j + 1], left:right]
-        p, q = before[j], before[j + 1]
+        p, q = factor(before, j), factor(before, j + 1)
         for i in range(len(total)):
             total[i] = (total[i] + one[i] * p) + other[i] * q
     if n % 2 == 0:
-        one, p = x[source[n - 1], left:right], before[n - 1]
+        one, p = x[source[n - 1], left:right], factor(before, n - 1)
         for i in range(len(total)):
             total[i] += one[i] * p
     for i in range(len(total)):
         total[i] = (lead[i] * scale - total[i] * root) * gain
 
 
-@compiled
+@partial(compiled, forceinline=True)
 def reflect_row(row, before, v, total, after, out):
     """out = (row · before − v · total) · after."""
     apart()

@@ -12,7 +12,7 @@ from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import normalize_run, row_range
 from minifqt.kernels.cpu.noise import TURN
-from minifqt.kernels.cpu.tiles import apart, square_and
+from minifqt.kernels.cpu.tiles import apart, multiply_add
 
 RUN = 16 * TURN                                           # numbers of a run of vectors: 2 kB each
 SUMS = 128                                                # of accumulators
@@ -39,7 +39,7 @@ def summarize_run(x, run, s1, s2, low, high):
         for i in range(run):
             p, q, r, s = np.float64(a[i]), np.float64(b[i]), np.float64(c[i]), np.float64(d[i])
             s1[i] += (p + q) + (r + s)
-            s2[i] += square_and(p, q * q) + square_and(r, s * s)
+            s2[i] += multiply_add(p, p, q * q) + multiply_add(r, r, s * s)
             one, other = (a[i] if a[i] < b[i] else b[i]), (c[i] if c[i] < d[i] else d[i])
             one = one if one < other else other
             low[i] = one if one < low[i] else low[i]

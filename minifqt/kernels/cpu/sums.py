@@ -10,15 +10,21 @@ import math
 
 import numpy as np
 
-from minifqt.kernels.cpu.amx import HEIGHT, configure
+from minifqt.kernels.cpu.amx import configure
 from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.mixing import group_sum, reflect_row
 from minifqt.kernels.cpu.norms import fold, gate_rows, run_of, summarize_run
 from minifqt.kernels.cpu.packing import packed, prepared, rank
-from minifqt.kernels.cpu.tiles import apart, fetch, lanes_of, lined, panel, rows_of
-
-SUMS = 1 << 12                                            # of rows of pixels at a time: 16 kB
+from minifqt.kernels.cpu.tiles import (
+    apart,
+    fetch,
+    lanes_of,
+    lined,
+    multiply_add,
+    panel,
+    rows_of,
+)
 
 
 @compiled
@@ -62,25 +68,23 @@ def taps_at(y, offset, spread, taps):
 
 
 @compiled
-def scratch(kinds, strip, Q, taps, spread, stride, b, M):
-    """A canvas under so many rows of pixels, (tall, wide, C'), and sums of some rows, whole tiles.
+def scratch(kinds, images, strip, Q, taps, spread, stride, b, M):
+    """A canvas under a strip of rows of pixels, (tall, wide, C'), and its sums, whole tiles.
 
-    With AMX of several, which then share the weights that are in registers.
+    Sums of so many images: (images, strip, Q or more pixels · K')
     """
     (R, S), (blocks, _, words, width, group) = taps, b.shape
-    count = (Q + M * spread - 1) // (M * spread) * M * spread
-    height = max(1, min(strip, SUMS // (count * blocks * width)))
+    count, room = (Q + M * spread - 1) // (M * spread) * M * spread, words * group // S
     tall = ((strip - 1) * stride + R - 1) // spread + 1
     wide = ((count - 1) * stride + S - 1) // spread + 1
-    room, height = words * group // S, height if M == HEIGHT else 1
-    size = count * blocks * width
+    sums = lined(images * strip * count * blocks * width, kinds[2])
     return (lined(tall * wide * room, kinds[0]).reshape(tall, wide, room),
-            lined(height * size, kinds[2]).reshape(height, size))
+            sums.reshape(images, strip, count * blocks * width))
 
 
 @compiled
-def correlate_rows(rows, vectors, canvas, y, height, offset, spread, stride, b, taps, Q, sums):
-    """Sums of rows y .. of the pixels under a canvas: sums (height or more, Q or more pixels · K').
+def correlate_rows(rows, vectors, canvas, height, offset, spread, stride, b, taps, Q, sums):
+    """Sums of rows of the pixels under a canvas: sums (height or more, Q or more pixels · K').
 
     b, packed: blocks of K, filter rows, words of a filter row, lanes, group; taps as in taps_at
     """
@@ -88,7 +92,7 @@ def correlate_rows(rows, vectors, canvas, y, height, offset, spread, stride, b, 
     pixel, padded = canvas.shape[2] * b.itemsize, blocks * width
     pitch, line, count = canvas.shape[1] * pixel, words * width * WORD, (Q + spread - 1) // spread
     for above in range(min(spread, height)):
-        r, tall, p = taps_at(y + above, offset[0], spread, R)
+        r, tall, p = taps_at(above, offset[0], spread, R)
         for before in range(spread):
             s, wide, q = taps_at(before, offset[1], spread, S)
             if S % spread:                                # phases differ in their taps
@@ -122,7 +126,7 @@ def scale_row(total, padded, K, zero, flip, ones, scale_a, scale_b, out):
     elif flip == 0 and len(scale_b) == 1:                 # a gradient
         scale = scale_a * number(scale_b[0])
         for i in range(len(out)):
-            out[i] = (total[i] - zero * ones[i]) * scale
+            out[i] = multiply_add(-zero, ones[i], np.float64(total[i])) * scale
     else:
         for i in range(len(out)):
             scale = scale_a * number(scale_b[i % len(scale_b)])
@@ -146,7 +150,7 @@ def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, t
         return
     (N, P, Q, K), taps = y.shape, (down.shape[1], right.shape[1])
     b, b1 = prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right)
-    canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, rows_of(rows))
+    canvas, acc = scratch(kinds, 1, strip, Q, taps, spread, stride, b, rows_of(rows))
     run, padded = run_of(K), b.shape[0] * b.shape[3]
     corner = (offset[0] // spread, offset[1] // spread)   # of the pixels, side by side
     flat_y, width = y.reshape(N, P * Q * K), Q * K
@@ -161,18 +165,13 @@ def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, t
         for top in range(0, P, strip):
             place(canvas, a[n], flip, top * stride // spread, corner)
             stop = min(P, top + strip)
+            correlate_rows(rows, vectors, canvas, stop - top, offset, spread, stride, b, taps, Q,
+                           acc[0])
             for p in range(top, stop):
-                i = (p - top) % len(acc)
-                if i == 0:                                # sums of some rows at a time
-                    last = min(stop, p + len(acc))
-                    if len(acc) == 1:                     # more at once would only crowd the cache
-                        fetch(flat_y[n, p * width:last * width])
-                        if residual.size:
-                            fetch(residual[n, p])
-                    correlate_rows(rows, vectors, canvas, p - top, last - p, offset, spread, stride,
-                                   b, taps, Q, acc)
+                if residual.size:
+                    fetch(residual[n, min(p + 1, P - 1)])
                 out = flat_y[n, p * width:(p + 1) * width]
-                scale_row(acc[i], padded, K, zero[n % len(zero)], flip, b1[row_kind[p]],
+                scale_row(acc[0, p - top], padded, K, zero[n % len(zero)], flip, b1[row_kind[p]],
                           scale_a[n % len(scale_a)], scale_b, out)
                 if residual.size:
                     other = residual[n, p]
@@ -201,13 +200,13 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
         return
     (N, P, Q, K), taps = y.shape, (down.shape[1], right.shape[1])
     b, b1 = prepared(w, turned, spread, kinds, vectors, flip, zero, K, down, right)
-    canvas, acc = scratch(kinds, strip, Q, taps, spread, stride, b, rows_of(rows))
-    mixed, run = np.empty((largest, strip * Q * K), np.float32), run_of(K)
-    total = np.empty(4 * run)
+    canvas, acc = scratch(kinds, largest, strip, Q, taps, spread, stride, b, rows_of(rows))
+    width, run = Q * K, run_of(K)
+    mixed, total = np.empty((largest, width), np.float32), np.empty(width)
     padded, corner = b.shape[0] * b.shape[3], (offset[0] // spread, offset[1] // spread)
     s1, s2, unused = np.empty(run), np.empty(run), np.empty(run, np.float32)
     nothing, flat_y = np.empty((2, 0, K), np.float32), y.reshape(N, P * Q * K)
-    order, ones = np.arange(len(mixed)), np.ones(len(mixed))
+    order = np.arange(largest)
     strips = (P + strip - 1) // strip
     while True:
         task = take(counter)
@@ -217,37 +216,30 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
         height, first, last = min(strip, P - top), starts[group], starts[group + 1]
         root = 1 / math.sqrt(last - first)
         configure(rows, (Q + spread - 1) // spread, b.shape[2] // spread)
-        s1[:], s2[:], D, at = 0, 0, height * Q * K, top * Q * K
+        s1[:], s2[:] = 0, 0
         for j in range(first, last):
             place(canvas, a[j], flip, top * stride // spread, corner)
-            for p in range(height):
-                i = p % len(acc)
-                if i == 0:
-                    stop = min(height, p + len(acc))
-                    if len(acc) == 1:
-                        here = slice(at + p * Q * K, at + stop * Q * K)
-                        fetch(x[target[j], here])
-                        fetch(residual[target[j], here])
-                        fetch(flat_y[target[j], here])
-                    correlate_rows(rows, vectors, canvas, p, stop - p, offset, spread, stride, b,
-                                   taps, Q, acc)
-                scale_row(acc[i], padded, K, zero[j % len(zero)], flip, b1[row_kind[top + p]],
-                          scale_a[j % len(scale_a)], scale_b,
-                          mixed[j - first, p * Q * K:(p + 1) * Q * K])
-        for left in range(0, D, 4 * run):
-            right = min(D, left + 4 * run)
-            group_sum(mixed, order[:last - first], ones[:last - first], left, right, root,
-                      total[:right - left])
+            correlate_rows(rows, vectors, canvas, height, offset, spread, stride, b, taps, Q,
+                           acc[j - first])
+        for p in range(height):
+            here = slice((top + p) * width, (top + p + 1) * width)
+            ahead = slice(here.stop, min(here.stop + width, P * width))
             for j in range(first, last):
-                out = flat_y[target[j], at + left:at + right]
-                reflect_row(mixed[j - first, left:right], 1.0, (j == first) - root, total,
-                            after[j], out)
+                fetch(x[target[j], ahead])
+                fetch(residual[target[j], ahead])
+                scale_row(acc[j - first, p], padded, K, zero[j % len(zero)], flip,
+                          b1[row_kind[top + p]], scale_a[j % len(scale_a)], scale_b,
+                          mixed[j - first])
+            group_sum(mixed, order[:last - first], None, 0, width, root, total)
+            for j in range(first, last):
+                out = flat_y[target[j], here]
+                reflect_row(mixed[j - first], 1.0, (j == first) - root, total, after[j], out)
                 if residual.size:
-                    more = residual[target[j], at + left:at + right]
-                    for i in range(len(out)):
+                    more = residual[target[j], here]
+                    for i in range(width):
                         out[i] += more[i]
                 if x.size:
-                    gate_rows(out, x[target[j], at + left:at + right], norm, floor, s1, s2)
+                    gate_rows(out, x[target[j], here], norm, floor, s1, s2)
         fold(s1, s2, unused, unused, K, task, sums, nothing)
     leave(counter, me)
 

@@ -177,15 +177,15 @@ def rint(typingctx, x):
 
 
 @intrinsic
-def square_and(typingctx, x, y):
-    """x · x + y, float64, rounded once: the bits of two operations where x · x is exact."""
+def multiply_add(typingctx, x, y, z):
+    """x · y + z, float64, rounded once: the bits of two operations where x · y is exact."""
     def codegen(context, builder, signature, arguments):
-        x, y = arguments
         f = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(y.type, [y.type] * 3), "llvm.fma.f64")
-        return builder.call(f, [x, x, y])
+            builder.module, ir.FunctionType(arguments[0].type, [arguments[0].type] * 3),
+            "llvm.fma.f64")
+        return builder.call(f, arguments)
 
-    return types.float64(types.float64, types.float64), codegen
+    return types.float64(types.float64, types.float64, types.float64), codegen
 
 
 @intrinsic
