@@ -81,6 +81,40 @@ def test_compiled_philox_is_the_plain_one_for_any_number_of_blocks(compiled_nois
         assert np.array_equal(words[:4 * count].reshape(-1, 4), plain), count
 
 
+@pytest.mark.parametrize("way", ["by_halves", "by_limbs"])
+@pytest.mark.parametrize("m", rng.MULTIPLIERS)
+def test_vectors_of_64_bits_are_multiplied_exactly(compiled_noise, way, m):
+    """Whichever of the two ways this CPU's noise takes."""
+    noise, _ = compiled_noise
+    if way == "by_limbs" and not noise.LIMBS:
+        pytest.skip("this CPU has no multiply-adds of 52 bits (AVX-512 IFMA)")
+    from numba import njit, types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def multiply(typingctx, a, out):
+        def codegen(context, builder, signature, arguments):
+            load = builder.load(builder.inttoptr(arguments[0], noise.VECTOR.as_pointer()))
+            load.align = 8
+            for i, word in enumerate(getattr(noise, way)(builder, load, m)):
+                noise._store(builder, word, arguments[1], noise.WIDE * i)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), codegen
+
+    @njit
+    def run(a, out):
+        multiply(a.ctypes.data, out.ctypes.data)
+
+    ends = [2**bits + more for bits in (0, 12, 32, 40, 52, 53, 63) for more in (-1, 0, 1)]
+    draws = np.random.default_rng(0).integers(0, 2**64, 200, np.uint64)
+    numbers = np.array([*ends, 2**64 - 2, 2**64 - 1, 0, *draws], np.uint64)[:216]
+    for a in numbers.reshape(-1, noise.WIDE):
+        out = np.zeros((2, noise.WIDE), np.uint64)
+        run(a, out)
+        assert [int(h) << 64 | int(low) for h, low in out.T] == [int(v) * m for v in a]
+
+
 def test_compiled_noise_begins_at_any_element(compiled_noise):
     noise, words = compiled_noise
     draws, key = np.random.default_rng(0), np.array(expected_key(3, "conv1.grad_x"), np.uint64)

@@ -74,6 +74,11 @@ ISAS = {isa.name: isa for isa in (
     Isa("avx2", 8, 2, np.int16, (("avx2",),)))}
 
 
+def has(feature: str) -> bool:
+    """Whether this CPU has what LLVM calls so."""
+    return _features.get(feature, False)
+
+
 def supported() -> list[str]:
     """Names of what this CPU has, the fastest first; "numpy", the last, is always there."""
     names = [isa.name for isa in ISAS.values()

@@ -10,6 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from minifqt.kernels.cpu import choice
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.rng import INCREMENTS, MULTIPLIERS
 
@@ -20,6 +21,7 @@ CHUNK = 16 * 5 * TURN                                     # elements from one bu
 BLOCKS = CHUNK // 16 + 1                                  # of Philox, 16 values each
 I32, I64, I128 = (ir.IntType(bits) for bits in (32, 64, 128))
 VECTOR = ir.VectorType(I64, WIDE)
+LIMBS = choice.has("avx512ifma")
 
 
 @intrinsic
@@ -107,18 +109,46 @@ def _round(builder, c, keys, r):
 
 
 def _product(builder, a, m):
-    """High and low words of a · m: one multiplication of numbers, and five of vectors."""
-    if a.type == I64:
-        both = builder.mul(builder.zext(a, I128), ir.Constant(I128, m))
-        high = builder.lshr(both, ir.Constant(I128, 64))
-        return builder.trunc(high, I64), builder.trunc(both, I64)
-    half, low_half, low, high, whole = (
-        ir.Constant(VECTOR, [v] * WIDE) for v in (32, 2**32 - 1, m & 2**32 - 1, m >> 32, m))
+    """High and low words of a · m, for numbers by the core's own multiplication."""
+    if a.type != I64:
+        return (by_limbs if LIMBS else by_halves)(builder, a, m)
+    both = builder.mul(builder.zext(a, I128), ir.Constant(I128, m))
+    high = builder.lshr(both, ir.Constant(I128, 64))
+    return builder.trunc(high, I64), builder.trunc(both, I64)
+
+
+def by_halves(builder, a, m):
+    """High and low words of a · m, vectors of them, by five multiplications of 32 bits."""
+    half, low_half, low, high, whole = map(_all, (32, 2**32 - 1, m & 2**32 - 1, m >> 32, m))
     first, second = builder.and_(a, low_half), builder.lshr(a, half)
     t = builder.add(builder.mul(first, high), builder.lshr(builder.mul(first, low), half))
     u = builder.add(builder.mul(second, low), builder.and_(t, low_half))
     top = builder.add(builder.mul(second, high), builder.lshr(t, half))
     return builder.add(top, builder.lshr(u, half)), builder.mul(a, whole)
+
+
+def by_limbs(builder, a, m):
+    """The same by AVX-512's multiply-adds of 52 bits: limbs, and sums r₀ + r₁ 2⁵² + r₂ 2¹⁰⁴."""
+    low, high, rest = _all(m % 2**52), _all(m >> 52), builder.lshr(a, _all(52))
+
+    def total(*terms):
+        r = _all(0)
+        for half, x, y in terms:
+            f = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3),
+                f"llvm.x86.avx512.vpmadd52{half}.uq.512")
+            r = builder.call(f, [r, x, y])                # the lowest 52 bits of x and of y
+        return r
+
+    r0 = total(("l", a, low))
+    r1 = total(("h", a, low), ("l", a, high), ("l", rest, low))
+    r2 = total(("h", a, high), ("h", rest, low), ("l", rest, high))
+    top = builder.add(builder.lshr(r1, _all(12)), builder.shl(r2, _all(40)))
+    return top, builder.or_(r0, builder.shl(r1, _all(52)))
+
+
+def _all(value):
+    return ir.Constant(VECTOR, [value] * WIDE)
 
 
 def _spread(builder, word):
