@@ -8,7 +8,7 @@ import numpy as np
 from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.noise import BLOCKS, CHUNK, noise_of
-from minifqt.kernels.cpu.tiles import apart, float_of, ordered, rint, steps
+from minifqt.kernels.cpu.tiles import apart, fetch, float_of, ordered, rint, steps
 
 NOTHING_BESIDE = (np.zeros((3, 1), np.float32), *np.zeros(2, np.float32),
                   np.frombuffer(bytes(16), np.uint64), 0, -1, np.empty(0, np.uint8))
@@ -81,6 +81,7 @@ def round_normalized(counter, x, norm, floor, maps, lowest, highest, key, step, 
             break
         for start in range(0, D, run):
             stop = min(D, start + run)
+            fetch(x[n, stop + run:stop + 2 * run])
             normalize_run(x[n, start:stop], norm, floor, y)
             noise = noise_of(key, step, n * D + start, stop - start, constant, words)
             round_run(y[:stop - start], noise, maps[0, 0], maps[1, 0], maps[2, 0], lowest, highest,

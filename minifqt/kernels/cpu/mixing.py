@@ -9,7 +9,7 @@ from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import NOTHING_YET, range_of, round_beside, round_run, widen
 from minifqt.kernels.cpu.noise import BLOCKS, TURN, noise_of
 from minifqt.kernels.cpu.scales import grid_row
-from minifqt.kernels.cpu.tiles import apart
+from minifqt.kernels.cpu.tiles import apart, fetch
 from minifqt.kernels.reference import UNIT
 
 CHUNK = 16 * 2 * TURN                                     # columns of a group at a time, in cache
@@ -132,6 +132,7 @@ def reflect_and_round(counter, x, beside, source, before, starts, largest, bins,
             group_sum(x, source[first:last], before[first:last], left, right, root, total)
             for j in range(first, last):
                 row, y = x[source[j], left:right], rows[j - first, left:right]
+                fetch(x[source[j], right:right + CHUNK])
                 round_beside(row, source[j] * D + left, beside, words)
                 reflect_row(row, before[j], (j == first) - root, total, 1.0, y)
                 low[j], high[j] = widen(y, low[j], high[j])

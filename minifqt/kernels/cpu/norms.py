@@ -12,7 +12,7 @@ from minifqt.kernels.cpu.board import leave, seat, take
 from minifqt.kernels.cpu.choice import compiled
 from minifqt.kernels.cpu.codes import normalize_run, row_range
 from minifqt.kernels.cpu.noise import TURN
-from minifqt.kernels.cpu.tiles import apart, multiply_add
+from minifqt.kernels.cpu.tiles import apart, fetch, multiply_add
 
 RUN = 16 * TURN                                           # numbers of a run of vectors: 2 kB each
 SUMS = 128                                                # of accumulators
@@ -261,6 +261,8 @@ def gradient(counter, dx, x, norm, slopes, residual, ranges):
         for start in range(0, D, run):
             stop = min(D, start + run)
             row, out = x[n, start:stop], dx[n, start:stop]
+            fetch(x[n, stop + run:stop + 2 * run])
+            fetch(dx[n, stop + run:stop + 2 * run])
             if residual.size:
                 other = residual[n, start:stop]
                 for i in range(len(row)):
