@@ -5,6 +5,7 @@ Without PyTorch the rest is measured and the table says what was left out. Next:
 """
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from models import resnet_cifar
 REFERENCE = "PyTorch float32 channels_last"               # all ratios are to its median
 CLASSES, LR = 10, 0.01                                    # small: there is nothing to learn
 INSTRUCTIONS = ("auto", "amx", "vnni512", "vnni256", "avx2", "numpy")
+NO_MORE_THAN_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 SETTINGS = {"full": {"batch": 128, "repeats": 15, "warmup": 2},
             "quick": {"batch": 4, "repeats": 1, "warmup": 0}}
 
@@ -38,6 +40,7 @@ def parser():
     add("--seed", type=int, default=0, help="of weights, images and rounding; %(default)s")
     add("--instructions", choices=INSTRUCTIONS, default="auto",
         help="of minifqt's integer products; %(default)s, the fastest that this CPU has")
+    add("--torch-avx2", action="store_true", help="PyTorch as on a CPU that has no more than AVX2")
     add("--plain", action="store_true", help="minifqt's networks as they are, not fused")
     add("--quick", action="store_true", help="tiny: shows that the script runs, measures nothing")
     add("--out", default="benchmarks/results", help="folder of the JSON file; %(default)s")
@@ -51,13 +54,14 @@ def main(arguments=None):
             setattr(flags, key, value)
     if min(flags.batch - 1, flags.repeats, flags.threads, flags.warmup + 1) < 1:
         raise ValueError("--batch must be at least 2, --repeats and --threads 1, --warmup 0.")
+    os.environ.update(NO_MORE_THAN_AVX2 if flags.torch_avx2 else {})          # before its import
     minifqt.set_threads(flags.threads)
     cpu.set_instructions(flags.instructions)
     contestants, skipped = all_contestants(flags)
     result = machine.facts("step", flags.seed, flags.threads)
     result |= {key: getattr(flags, key) for key in ("model", "batch", "repeats", "warmup", "quick")}
     result |= {"instructions": cpu.instructions(), "kernels": cpu.describe(),
-               "fused": not flags.plain}
+               "fused": not flags.plain, "torch_avx2": flags.torch_avx2}
     losses = {name: step() for name, step in contestants.items()}             # compiles, allocates
     require_the_same_network(losses)
     seconds = take_turns(contestants, flags.warmup, flags.repeats)
@@ -140,7 +144,8 @@ def require_the_same_network(losses):
 def table(result):
     lines = [f"{result['model']}, batch {result['batch']}, {result['repeats']} repeats, seconds a "
              f"step", machine.describe(result),
-             f"minifqt: {result['kernels']}; {'fused' if result['fused'] else 'not fused'}", "",
+             f"minifqt: {result['kernels']}; {'fused' if result['fused'] else 'not fused'}"
+             f"{'; PyTorch: no more than AVX2' if result['torch_avx2'] else ''}", "",
              f"{'':32}{'median':>9}{'p10':>9}{'p90':>9}{'ratio':>8}"]
     for row in result["rows"]:
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"

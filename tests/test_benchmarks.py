@@ -65,9 +65,9 @@ def test_every_stored_result_says_where_it_came_from(text):
     assert not result.get("quick"), "a --quick run measures nothing: do not store it"
 
 
-def quick_step(folder, **environment):
+def quick_step(folder, *more, **environment):
     run("benchmarks/step.py", "--quick", "--model", "resnet8", "--recipes", "fp32,bhq8",
-        "--threads", 1, "--out", folder, **environment)
+        "--threads", 1, "--out", folder, *more, **environment)
     path = max(folder.glob("step-resnet8-*.json"), key=lambda path: path.stat().st_mtime_ns)
     result = json.loads(path.read_text())
     require_schema(result)
@@ -82,13 +82,14 @@ def quick_step(folder, **environment):
 def test_without_pytorch_the_step_benchmark_says_what_it_left_out(tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    (hidden / "torch.py").write_text("raise ImportError('hidden by a test')")
-    for _ in range(2):
-        result = quick_step(tmp_path, PYTHONPATH=str(hidden))
+    (hidden / "torch.py").write_text(
+        "import os; raise ImportError('hidden by a test ' + os.environ['ONEDNN_MAX_CPU_ISA'])")
+    for more, told in (((), "ALL"), (("--torch-avx2",), "AVX2")):
+        result = quick_step(tmp_path, *more, PYTHONPATH=str(hidden), ONEDNN_MAX_CPU_ISA="ALL")
+        assert [row["ratio"] for row in result["rows"]] == [None, None]
+        assert len(result["skipped"]) == 3
+        assert all(f"hidden by a test {told};" in entry["why"] for entry in result["skipped"])
     assert len(list(tmp_path.glob("*.json"))) == 2        # the second overwrote nothing
-    assert [row["ratio"] for row in result["rows"]] == [None, None]
-    assert len(result["skipped"]) == 3
-    assert all("hidden by a test" in entry["why"] for entry in result["skipped"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch==2.13.0")
