@@ -28,14 +28,14 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
     me = seat(counter)
     if me < 0:
         return
-    (N, P, Q, _), (R, S), (images, strip, quads, pitch) = g.shape, taps, sizes
+    (N, P, Q, K), C, (R, S), (images, strip, quads, pitch) = g.shape, x.shape[3], taps, sizes
     (room, padded), tall, size = total.shape[3:], (strip - 1) * stride + R, kind.itemsize
     group, width, strips = WORD // size, lanes_of(vectors), (P + strip - 1) // strip
     wide, deep = (pitch + 15) // 16 * 16, (tall - 1) // stride + 1
     line = ((deep * pitch + wide + S) * size // LINE + 1 | 1) * LINE  # odd: apart in cache
     tasks, mine = (N + images - 1) // images * strips, total[me].reshape(-1)
-    codes = lined((tall * pitch + 16) * stride * room, g)               # read past its end
-    image = codes[:tall * pitch * stride * room].reshape(tall, pitch * stride, room)
+    codes = lined((tall * pitch + 16) * stride * C + 16, g)             # read past its end
+    image = codes[:tall * pitch * stride * C].reshape(tall, pitch * stride, C)
     spots = np.empty((strip, quads * group, padded), np.uint8)
     left = lined(images * stride * stride * room * line // size, kind)
     left = left.reshape(images, stride, stride, room, line // size)
@@ -45,7 +45,7 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
     right[:] = 0
     near = max(1, NEAR // (room * line + strip * down * padded * WORD))
     sums = lined(total[0].size * WORD, g).view(np.int32).reshape(total.shape[1:])
-    seen = np.empty(image.shape, np.uint16)
+    seen_x, seen_g = np.empty(image.shape, np.uint16), np.empty((strip, Q, K), np.uint16)
     flat, zero, joined = sums.reshape(-1), np.int64(0), rows_of(rows) == HEIGHT
     while True:
         task = take(counter)
@@ -55,23 +55,23 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
             for part in (mine, x1[me].reshape(-1), g1[me:me + 1].reshape(-1)):
                 for i in range(len(part)):
                     part[i] = 0
-        seen[:], sums[:] = 0, 0
+        seen_x[:], seen_g[:], sums[:] = 0, 0, 0
         start, top = task // strips * images, task % strips * strip
         height, count = min(strip, P - top), min(images, N - start)
         for n in range(count):
             # x as rows of channels, for each phase of the stride; g as words of a few pixels
             place(image, x[start + n], flip_x, top * stride, offset)
-            add_codes(image, 0, seen)
+            add_codes(image, 0, seen_x)
             for y in range(tall):
                 for phase in range(stride):
                     for q in range(0, wide, 16):          # past its end: the next row comes
-                        a = image.ctypes.data + (y * image.shape[1] + q * stride + phase) * room
+                        a = image.ctypes.data + (y * image.shape[1] + q * stride + phase) * C
                         b = left[n, y % stride, phase].ctypes.data
                         b += (y // stride * pitch + q) * size
-                        for c in range(0, room, 16):
-                            turn16(left, a + c, stride * room, b + c * line, line)
+                        for c in range(0, room, 16):      # codes past the last channel: unused
+                            turn16(left, a + c, stride * C, b + c * line, line)
             if g1.size:
-                add_codes(g[start + n, top:top + height], 128 ^ flip_g, g1[me, top:top + height])
+                add_codes(g[start + n, top:top + height], 128 ^ flip_g, seen_g[:height])
             place(spots, g[start + n], flip_g, top, (zero, zero))
             for p in range(height):
                 for quad in range(quads):
@@ -81,20 +81,22 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
                         words16(left, a + k, padded, b + k * WORD)
         # AMX wants long contractions: all rows of pixels as one, with zeros of g between
         lines, words = (1, (height - 1) * down + quads) if joined else (height, quads)
-        configure(rows, x.shape[3], words)
+        configure(rows, C, words)
         for n in range(0, count, near):
             for r in range(R):
                 for s in range(min(S, stride)):           # a tap moves x by the size of a code
                     a = left[n, r % stride, s].ctypes.data + r // stride * pitch * size
                     panel(rows, vectors, left,
-                          (a, line, x.shape[3], size, (S - s + stride - 1) // stride),
+                          (a, line, C, size, (S - s + stride - 1) // stride),
                           (right[n].ctypes.data, width * WORD, padded // width),
                           (sums[r, s].ctypes.data, padded, stride * room * padded),
                           ((min(near, count - n), stride * stride * room * line,
                             strip * down * padded * WORD),
                            (lines, pitch * size, down * padded * WORD),
                            (words, WORD, padded * WORD)), (0,))
-        add_taps(seen, x1[me], stride, height, Q)
+        add_taps(seen_x, x1[me], stride, height, Q)
+        if g1.size:
+            add_codes(seen_g[:height], 0, g1[me, top:top + height])
         for i in range(len(flat)):                        # int32 holds the sums of one task
             mine[i] += flat[i]
         done[1 + me] += 1
