@@ -60,21 +60,28 @@ def summarize_run(x, run, s1, s2, low, high):
 def fold(s1, s2, low, high, C, n, sums, ranges):
     """The places of a run → channels: sums[:, n], ranges[:, n], both (2, N, C), unless empty."""
     if sums.size:
-        for c in range(C):
-            sums[0, n, c], sums[1, n, c] = s1[c], s2[c]
-        for i in range(C, len(s1)):
-            sums[0, n, i % C] += s1[i]
-            sums[1, n, i % C] += s2[i]
+        add_pieces(s1, sums[0, n])
+        add_pieces(s2, sums[1, n])
     if ranges.size:
-        for c in range(C):
-            ranges[0, n, c], ranges[1, n, c] = low[c], high[c]
-        for i in range(C, len(low)):
-            ranges[0, n, i % C] = min(ranges[0, n, i % C], low[i])
-            ranges[1, n, i % C] = max(ranges[1, n, i % C], high[i])
+        least, most = ranges[0, n], ranges[1, n]
+        least[:], most[:] = low[:C], high[:C]
+        for start in range(C, len(low), C):               # no division: it would take longest
+            for c in range(C):
+                least[c] = min(least[c], low[start + c])
+                most[c] = max(most[c], high[start + c])
         if sums.size:
             for c in range(C):                            # NaN escapes comparisons, not sums
                 if not np.isfinite(sums[0, n, c]):
-                    ranges[0, n, c] = ranges[1, n, c] = np.nan
+                    least[c] = most[c] = np.nan
+
+
+@compiled
+def add_pieces(run, total):
+    """total (C,) = Σ of the pieces of a run, in their order."""
+    total[:] = run[:len(total)]
+    for start in range(len(total), len(run), len(total)):
+        for c in range(len(total)):
+            total[c] += run[start + c]
 
 
 @compiled
