@@ -80,8 +80,9 @@ class Correlation:
                           *(v.reshape(-1) for v in (a.zero, a.scale)),
                           np.ascontiguousarray(w.codes), turned, w.scale.reshape(-1),
                           offset, spread, stride, *present)
-        self._spread, self.strip = spread, 0
-        self.strip = self._strip(STRIP // (stride * out[1] * stride * a.shape[3]))
+        self._spread = spread
+        self.strip = self._strip(min(STRIP // (stride * out[1] * stride * a.shape[3]),
+                                     2 * STRIP // (4 * out[1] * self.shape[3])))
 
     def form(self, residual=None):
         """The result as it is, plus a residual (N, D) float32 if there is one, summarized."""
