@@ -52,7 +52,8 @@ def parser():
         help="in the order of training, with fields such as bhq-auto,alpha=0.05; %(default)s")
     add("--seeds", default="0,1,2", type=whole_numbers, help="one after another; %(default)s")
     add("--epochs", type=int, help="of every run; default: 15 for digits, 30 for CIFAR")
-    add("--workers", type=int, default=2, help="runs at a time, one thread each; %(default)s")
+    add("--workers", type=int, default=2, help="runs at a time; %(default)s")
+    add("--threads", type=int, default=1, help="of each run; more change no number; %(default)s")
     add("--table", action="store_true", help="only print the table of the finished runs")
     add("--plot", metavar="PNG", help="only draw the curves of the finished runs")
     add("--runs", default="runs/accuracy", help="folder of the runs' folders; %(default)s")
@@ -73,8 +74,9 @@ def main(arguments=None):
     model, epochs = DEFAULTS[flags.dataset]
     model = flags.model or model
     epochs = epochs if flags.epochs is None else flags.epochs
-    if epochs < 1 or flags.workers < 1:
-        raise ValueError(f"--epochs {epochs}, --workers {flags.workers}: expected 1 or more.")
+    if min(epochs, flags.workers, flags.threads) < 1:
+        raise ValueError(f"--epochs {epochs}, --workers {flags.workers}, --threads "
+                         f"{flags.threads}: expected 1 or more.")
     path = Path(flags.out) / f"accuracy-{flags.dataset}.jsonl"
     if not flags.table and not flags.plot:
         train_all([Setting(flags.dataset, model, epochs, recipe, seed)
@@ -160,7 +162,7 @@ class Training:
     """
 
     def __init__(self, setting, flags, lock):
-        self.setting = setting
+        self.setting, self.threads = setting, flags.threads
         self.folder = Path(flags.runs) / ("{}-{}-{}epochs-{}-seed{}".format(*setting))
         self.folder.mkdir(parents=True, exist_ok=True)
         begun = (self.folder / "last.safetensors").exists()
@@ -170,7 +172,7 @@ class Training:
         with (self.folder / "log.txt").open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, machine.ROOT / "train.py", *settings, "--device=cpu",
-                 "--threads=1", f"--data-dir={flags.data_dir}",
+                 f"--threads={self.threads}", f"--data-dir={flags.data_dir}",
                  f"--{'resume' if begun else 'out'}={self.folder}"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()],
                 start_new_session=True)                   # a terminal's Ctrl-C is the queue's alone
@@ -178,7 +180,7 @@ class Training:
 
     def _note_start(self, begun):
         path = self.folder / "starts.jsonl"
-        facts = machine.facts("accuracy", self.setting.seed, threads=1)
+        facts = machine.facts("accuracy", self.setting.seed, self.threads)
         starts = []
         if begun and not path.exists():                   # who knows when, and by what command
             starts.append(facts | dict.fromkeys(("commit", "dirty", "command")))

@@ -18,9 +18,11 @@ def table(runs):
         lines.append(f"| {name} | {' | '.join(cells)} |")
     commits = {(commit or "unknown")[:7] for run in runs for commit in run["commits"]}
     seconds = statistics.median(run["seconds"] for run in runs)
+    threads = " or ".join(sorted({str(run["threads"]) for run in runs}))
     lines += ["", f"Test accuracy after {runs[0]['epochs']} epochs in per cent: mean ± sample "
               f"standard deviation over the seeds {seeds_of(runs)}; {len(runs)} runs, median "
-              f"{seconds:.0f} s on one thread.", f"Commit {', '.join(sorted(commits))}; "
+              f"{seconds:.0f} s on {threads} thread{'s' * (threads != '1')}.",
+              f"Commit {', '.join(sorted(commits))}; "
               f"{', '.join(sorted({run['machine']['cpu'] for run in runs}))}."]
     return "\n".join(lines)
 

@@ -23,7 +23,8 @@ from models import resnet_cifar
 REFERENCE = "PyTorch float32 channels_last"               # all ratios are to its median
 CLASSES, LR = 10, 0.01                                    # small: there is nothing to learn
 INSTRUCTIONS = ("auto", "amx", "vnni512", "vnni256", "avx2", "numpy")
-NO_MORE_THAN_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+NO_MORE_THAN_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+                     "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SETTINGS = {"full": {"batch": 128, "repeats": 15, "warmup": 2},
             "quick": {"batch": 4, "repeats": 1, "warmup": 0}}
 
@@ -101,6 +102,8 @@ def all_contestants(flags):
     except ImportError as error:
         why = f"{error}; pip install torch==2.13.0"
         return contestants, [{"name": name, "why": why} for name in names]
+    if flags.torch_avx2 and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        raise RuntimeError("--torch-avx2: PyTorch had been imported before, or has no AVX2 here.")
     torch.set_num_threads(flags.threads)
     for name in names:
         contestants[name] = torch_step(torch, flags.model, flags.seed, x, labels,

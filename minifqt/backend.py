@@ -181,7 +181,7 @@ def _new_memory(size):
     global _slab
     room = -(-size // PAGE) * PAGE
     if room > _SLAB // 4:
-        return _paged(size).view(_Memory)
+        return (_paged(size) if _SLAB else np.empty(size, np.uint8)).view(_Memory)
     with _slab_lock:
         if len(_slab) < room:
             _slab = _paged(_SLAB)

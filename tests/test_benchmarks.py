@@ -83,8 +83,10 @@ def test_without_pytorch_the_step_benchmark_says_what_it_left_out(tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "torch.py").write_text(
-        "import os; raise ImportError('hidden by a test ' + os.environ['ONEDNN_MAX_CPU_ISA'])")
-    for more, told in (((), "ALL"), (("--torch-avx2",), "AVX2")):
+        "import os\n"
+        "names = 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'MKL_ENABLE_INSTRUCTIONS'\n"
+        "raise ImportError('hidden by a test ' + ','.join(os.environ.get(n, '') for n in names))")
+    for more, told in (((), ",ALL,"), (("--torch-avx2",), "avx2,AVX2,AVX2")):
         result = quick_step(tmp_path, *more, PYTHONPATH=str(hidden), ONEDNN_MAX_CPU_ISA="ALL")
         assert [row["ratio"] for row in result["rows"]] == [None, None]
         assert len(result["skipped"]) == 3
@@ -130,7 +132,9 @@ def refused(*command):
 
 
 def test_the_queue_trains_what_is_missing_in_the_order_asked_for(tmp_path):
-    assert "0 of 1 runs" in accuracy(tmp_path, "--recipes", "qat8", "--seeds", "0")
+    assert "0 of 1 runs" in accuracy(tmp_path, "--recipes", "qat8", "--seeds", "0", "--threads", 2)
+    folder, = tmp_path.glob("runs/*qat8*")
+    assert " 2 threads; " in (folder / "log.txt").read_text()
     first = (tmp_path / "accuracy-digits.jsonl").read_text()
     said = accuracy(tmp_path, "--recipes", "qat8,fp32", "--seeds", "0,1")
     assert "1 of 4 runs" in said
@@ -139,8 +143,9 @@ def test_the_queue_trains_what_is_missing_in_the_order_asked_for(tmp_path):
     assert (tmp_path / "accuracy-digits.jsonl").read_text().startswith(first)
     found = {(result["recipe"], result["seed"]): result for result in results(tmp_path)}
     assert set(found) == {("qat8", 0), ("fp32", 0), ("qat8", 1), ("fp32", 1)}
-    for result in found.values():
+    for key, result in found.items():
         require_schema(result)
+        assert result["threads"] == 1 + (key == ("qat8", 0))
         assert result["test_acc"] > 0.2                   # one epoch already beats one in ten
         assert result["curve"] == {"train_loss": [result["train_loss"]],
                                    "test_acc": [result["test_acc"]]}

@@ -76,6 +76,26 @@ def test_loops_take_512_bits_unless_numba_was_told_otherwise(given):
         assert found.endswith(",-prefer-256-bit")
 
 
+@pytest.mark.parametrize(("name", "features", "fastest"), [
+    ("haswell", "+avx2,+fma", "avx2"), ("x86-64", "+sse2", "numpy"),
+    (None, "-avx512f,-amx-tile,-avxvnni", "avx2")])
+def test_kernels_are_for_the_cpu_that_numba_is_told_to_compile_for(name, features, fastest):
+    """LLVM ends the process at an instruction that this CPU does not have."""
+    pytest.importorskip("numba", reason="compiled kernels need numba: pip install numba")
+    if "avx2" not in choice.supported():
+        pytest.skip("this CPU has no AVX2")
+    code = ("import sys; sys.path.insert(0, 'tests'); import test_choice; "
+            "from minifqt.kernels.cpu import choice; "
+            "print(choice.instructions(), choice.has('avx512ifma')); "
+            + "print(test_choice.two_steps(True))" * (name == "haswell"))
+    told = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env=os.environ | {key: v for key, v in told.items() if v}, cwd=ROOT)
+    found, *losses = done.stdout.splitlines()
+    assert found == f"{fastest} False"
+    assert losses == [str(two_steps(True))] * (name == "haswell")
+
+
 def test_auto_is_the_fastest(set_instructions):
     set_instructions("numpy")
     assert choice.instructions() == "numpy"

@@ -128,6 +128,13 @@ def test_images_larger_than_a_cache_are_cut_into_strips(strip, instructions, mon
                            for module in (products, reference)))
 
 
+def test_a_weight_gradient_takes_as_many_images_at_a_time_as_are_near(instructions):
+    """One of these: the next two come on top."""
+    rng, ends = np.random.default_rng(0), np.float32([0.5, 3.5]).reshape(2, 1, 1, 1, 1)
+    g, x = (QTensor(rng.integers(0, 256, (3, 32, 32, 16), np.uint8), *ends) for _ in range(2))
+    assert_same_bits(*([module.conv_wgrad(g, x, (3, 3), 1, 1)] for module in (products, reference)))
+
+
 def test_codes_of_compiled_products_need_not_be_contiguous(instructions):
     rng = np.random.default_rng(0)
     x, w = turned(codes(rng, (4, 3, 8, 6))), turned(weights(rng, (5, 3, 3, 2)))

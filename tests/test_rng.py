@@ -108,7 +108,7 @@ def test_vectors_of_64_bits_are_multiplied_exactly(compiled_noise, way, m):
 
     ends = [2**bits + more for bits in (0, 12, 32, 40, 52, 53, 63) for more in (-1, 0, 1)]
     draws = np.random.default_rng(0).integers(0, 2**64, 200, np.uint64)
-    numbers = np.array([*ends, 2**64 - 2, 2**64 - 1, 0, *draws], np.uint64)[:216]
+    numbers = np.array([*ends, 2**64 - 2, 2**64 - 1, 0, *draws], np.uint64)
     for a in numbers.reshape(-1, noise.WIDE):
         out = np.zeros((2, noise.WIDE), np.uint64)
         run(a, out)

@@ -75,7 +75,7 @@ ISAS = {isa.name: isa for isa in (
 
 
 def has(feature: str) -> bool:
-    """Whether this CPU has what LLVM calls so."""
+    """Whether this CPU, or the one that numba was told to compile for, has what LLVM calls so."""
     return _features.get(feature, False)
 
 
@@ -101,7 +101,7 @@ def set_instructions(name: str) -> None:
 
 
 def instructions() -> str:
-    """The instructions in use: vnni512, vnni256, avx2 or numpy."""
+    """The instructions in use: amx, vnni512, vnni256, avx2 or numpy."""
     return _chosen
 
 
@@ -170,7 +170,20 @@ def _matrices_allowed():
     return sys.platform == "linux" and not ctypes.CDLL(None).syscall(ask, request, registers)
 
 
-_features = dict(llvmlite.binding.get_host_cpu_features()) if numba else {}
+def _what_numba_compiles_for():
+    """What LLVM calls the features of this CPU, or of the one that numba's variables name."""
+    if numba is None:
+        return {}
+    name, given, host = numba.config.CPU_NAME, numba.config.CPU_FEATURES, llvmlite.binding
+    another = given is not None and name not in (None, host.get_host_cpu_name())
+    features = {} if another else dict(host.get_host_cpu_features())
+    features |= {one[1:]: one[0] == "+" for one in (given or "").split(",") if one}
+    if not features.get("avx512f"):                       # what builds on it goes with it
+        features |= dict.fromkeys((one for one in features if one.startswith("avx512")), False)
+    return features
+
+
+_features = _what_numba_compiles_for()
 if _features.get("avx512f") and numba.config.CPU_FEATURES is None:    # LLVM prefers 256 on Intel's
     numba.config.CPU_FEATURES = get_host_cpu_features() + ",-prefer-256-bit"
 _features["amx-int8"] = _features.get("amx-int8", False) and _matrices_allowed()

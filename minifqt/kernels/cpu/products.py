@@ -18,7 +18,7 @@ from minifqt.kernels.seen import Seen, Summary
 from minifqt.qtensor import QTensor
 
 TERMS = 2**31 // (255 * 128) - 1                          # that int32 holds: 65,792
-STRIP = 1 << 17                                           # bytes of sums or codes kept in cache
+STRIP = 1 << 17                                           # bytes of codes in cache; twice of sums
 IMAGES = 16                                               # of one task of wgrad, at most
 FLIPS = {"B": np.uint8(0), "b": np.uint8(128), "f": np.uint32(0)}   # moves codes to 0..255
 NOTHING, FLOOR = np.empty((1, 0, 0), np.float32), np.float32(0)

@@ -125,7 +125,7 @@ def scale_row(total, padded, K, zero, flip, ones, scale_a, scale_b, out):
             out[i] = total[i] * scale
     elif flip == 0 and len(scale_b) == 1:                 # a gradient
         scale = scale_a * number(scale_b[0])
-        for i in range(len(out)):
+        for i in range(len(out)):                         # zero · Σb is exact: 24 bits each
             out[i] = multiply_add(-zero, ones[i], np.float64(total[i])) * scale
     else:
         for i in range(len(out)):
@@ -169,7 +169,7 @@ def correlate_images(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, t
                            acc[0])
             for p in range(top, stop):
                 if residual.size:
-                    fetch(residual[n, min(p + 1, P - 1)])
+                    fetch(residual[n, p + 1:p + 2])
                 out = flat_y[n, p * width:(p + 1) * width]
                 scale_row(acc[0, p - top], padded, K, zero[n % len(zero)], flip, b1[row_kind[p]],
                           scale_a[n % len(scale_a)], scale_b, out)
@@ -223,7 +223,7 @@ def correlate_gated(counter, kinds, rows, vectors, a, flip, zero, scale_a, w, tu
                            acc[j - first])
         for p in range(height):
             here = slice((top + p) * width, (top + p + 1) * width)
-            ahead = slice(here.stop, min(here.stop + width, P * width))
+            ahead = slice(here.stop, here.stop + width)
             for j in range(first, last):
                 fetch(x[target[j], ahead])
                 fetch(residual[target[j], ahead])

@@ -238,7 +238,7 @@ def turn16(typingctx, like, a, step, out, pitch):
 
 @intrinsic
 def fetch(typingctx, row):
-    """Asks for an array's memory ahead, as the core itself does within a page of 4 kB only."""
+    """Asks for an array's memory ahead; the core does so by itself, but not past a 4 kB page."""
     def codegen(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         I8 = ir.IntType(8)

@@ -11,7 +11,7 @@ from minifqt.kernels.cpu.choice import WORD, compiled
 from minifqt.kernels.cpu.sums import place
 from minifqt.kernels.cpu.tiles import LINE, lanes_of, lined, panel, rows_of, turn16, words16
 
-NEAR = 40_000                                             # bytes of codes read for all taps in turn
+NEAR = 40_000                                             # bytes that all taps read in turn: L1
 
 
 @compiled
@@ -43,9 +43,10 @@ def wgrad_images(counter, kind, rows, vectors, g, flip_g, x, flip_x, offset, str
     right = lined(images * strip * down * padded * WORD, g).view(np.uint32)
     right = right.reshape(images, strip, down, padded)
     right[:] = 0
-    near = max(1, NEAR // (room * line + strip * down * padded * WORD))
+    near = max(1, NEAR // (stride * stride * room * line + strip * down * padded * WORD))
     sums = lined(total[0].size * WORD, g).view(np.int32).reshape(total.shape[1:])
-    seen_x, seen_g = np.empty(image.shape, np.uint16), np.empty((strip, Q, K), np.uint16)
+    seen_x = np.empty(image.shape, np.uint16)             # ≤ IMAGES · 255, as seen_g
+    seen_g = np.empty((strip if g1.size else 0, Q, K), np.uint16)
     flat, zero, joined = sums.reshape(-1), np.int64(0), rows_of(rows) == HEIGHT
     while True:
         task = take(counter)
@@ -117,7 +118,7 @@ def add_codes(codes, flip, total):
 @compiled
 def add_taps(image, x1, stride, height, Q):
     """x1[r, s, c] += Σ over output pixels of what tap (r, s) reads.  image (tall, wide, C)."""
-    (R, S, C), room = x1.shape, image.shape[2]
+    R, S, C = x1.shape
     total = np.empty(image[0].size, np.uint32)
     for r in range(R):
         total[:] = 0
@@ -127,7 +128,7 @@ def add_taps(image, x1, stride, height, Q):
                 total[i] += row[i]
         for s in range(S):
             for q in range(Q):
-                pixel = total[(s + q * stride) * room:]
+                pixel = total[(s + q * stride) * C:]
                 for c in range(C):
                     x1[r, s, c] += pixel[c]
 
