@@ -247,7 +247,8 @@ def table_of(folder, lines):
 
 def test_a_diverged_run_stands_in_the_table_as_diverged(tmp_path):
     line = {"model": "resnet8", "recipe": "ptq2", "seed": 0, "epochs": 1, "test_acc": None,
-            "diverged": "nan", "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"}}
+            "diverged": "nan", "commits": [None], "seconds": 1.0, "threads": 1,
+            "machine": {"cpu": "a test"}}
     lines = [line, line | {"recipe": "bhq2"},
              line | {"recipe": "bhq2", "seed": 1, "test_acc": 0.5, "diverged": None},
              line | {"recipe": "bhq2", "epochs": 2}, line | {"recipe": "bhq2", "model": "resnet20"}]
@@ -258,8 +259,8 @@ def test_a_diverged_run_stands_in_the_table_as_diverged(tmp_path):
 
 def test_automatic_runs_stand_in_a_column_of_their_own_with_their_bits(tmp_path):
     line = {"model": "resnet8", "recipe": "bhq-auto", "seed": 0, "epochs": 1, "test_acc": 0.5,
-            "diverged": None, "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"},
-            "average_bits": 3.25}
+            "diverged": None, "commits": [None], "seconds": 1.0, "threads": 1,
+            "machine": {"cpu": "a test"}, "average_bits": 3.25}
     lines = [line, line | {"recipe": "bhq4", "average_bits": None}]
     table = table_of(tmp_path, lines)
     assert "| gradients | float32 | 4 bits | automatic |" in table
@@ -273,7 +274,7 @@ def test_a_recipe_with_fields_is_one_recipe_with_a_row_of_its_own(tmp_path):
     names = ["fp32", "bhq-auto,alpha=0.05,grad_w=ptq4", "psq4"]
     assert said.strip().split(";") == names
     line = {"model": "resnet8", "seed": 0, "epochs": 1, "test_acc": 0.5, "diverged": None,
-            "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"}}
+            "threads": 1, "commits": [None], "seconds": 1.0, "machine": {"cpu": "a test"}}
     names += ["bhq4", "fp32,eval_range=batch"]
     table = table_of(tmp_path, [line | {"recipe": name} for name in names]).splitlines()
     assert table[:7] == [
