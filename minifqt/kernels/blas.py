@@ -26,16 +26,15 @@ class Terms:
         self.b1_matters, self.a1_matters = (bool(z.any()) if on_cpu else True
                                             for z in (self.zero_a, self.zero_b))
 
-    def finish(self, ab, b1, a1, n, rows=None):
-        """reference.epilogue of sums over centred codes, in float64; without `needs_a1`, no a1, n.
+    def finish(self, ab, b1, a1, n, out, rows=None):
+        """out = reference.epilogue of sums over centred codes; without `needs_a1`, no a1, n.
 
         rows  the samples of this block, where a's scale and zero may differ from sample to sample
         """
         scale, zero_a = (v if rows is None or len(v) == 1 else v[rows]
                          for v in (self.scale, self.zero_a))
-        y = ab.astype("float64")                          # integers, exact, up to the first zero
-        if self.centre_a:
-            y += self.centre_a * b1
+        xp = array_module(ab)
+        y = xp.add(ab, self.centre_a * b1, dtype="float64")     # exact, up to the first zero
         if self.centre_b:
             y += self.centre_b * a1 + self.centre_a * self.centre_b * n
             b1 = b1 + self.centre_b * n
@@ -45,8 +44,7 @@ class Terms:
             y -= self.zero_b * (a1 + self.centre_a * n)
         if self.b1_matters and self.a1_matters:
             y += (zero_a * self.zero_b) * n
-        y *= scale
-        return y                                          # to be rounded by who stores it
+        return xp.multiply(y, scale, out=out)             # rounded as it is stored
 
     @property
     def needs_a1(self):
@@ -69,8 +67,9 @@ def matmul(a, b):
         sums = engine.dot((left, right.T))
         if engine.exact:
             a1 = left.sum(axis=1, dtype="float64")[:, None]
-            sums = terms.finish(sums, b1, a1, K, rows)
-        y[rows] = sums
+            terms.finish(sums, b1, a1, K, y[rows], rows)
+        else:
+            y[rows] = sums
 
     run(engine, block, M, piece(M, K))
     return y
@@ -137,7 +136,10 @@ def correlate(a, b, canvas, offset, stride, y):
 
     def block(rows):
         ab = sums(a.codes[rows])
-        y[rows] = terms.finish(ab[..., :K], b1, ab[..., K:], n, rows) if engine.exact else ab
+        if engine.exact:
+            terms.finish(ab[..., :K], b1, ab[..., K:], n, y[rows], rows)
+        else:
+            y[rows] = ab
 
     run(engine, block, N, images(engine, N, canvas[0] * out[1] * S * C))
 
@@ -177,7 +179,7 @@ def conv_wgrad(g, x, kernel, stride, padding):
     with one_blas_thread():
         return Terms(g, x, turn_a=first_to_last).finish(
             gx, product(ones, image, floats), product(left, present, floats),
-            N * product(ones, present, floats)).astype("float32")
+            N * product(ones, present, floats), xp.empty(gx.shape, "float32"))
 
 
 def images(engine, count, size):

@@ -8,7 +8,7 @@ import numpy as np
 from minifqt.backend import empty, map_blocks, scratch
 from minifqt.kernels.seen import Seen, Summary
 
-_COLUMNS = 2048                                           # mixed at a time
+_COLUMNS = 1024                                           # mixed at a time
 
 
 class Reflection:

@@ -193,7 +193,7 @@ def matmul(a, b):
     a1 = (codes_of(a) ^ flip_a).sum(axis=1, dtype="float64")[:, None]
     b1 = signed.sum(axis=1, dtype="float64")
     terms = blas.Terms(a, b, turn_b=first_to_last, centres=(-int(flip_a), int(flip_b)))
-    return terms.finish(out[:M, :J].astype("float64"), b1, a1, K).astype("float32")
+    return terms.finish(out[:M, :J], b1, a1, K, np.empty((M, J), np.float32))
 
 
 def flips_of(signed, unsigned):
