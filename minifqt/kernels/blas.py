@@ -33,8 +33,9 @@ class Terms:
         """
         scale, zero_a = (v if rows is None or len(v) == 1 else v[rows]
                          for v in (self.scale, self.zero_a))
-        xp = array_module(ab)
-        y = xp.add(ab, self.centre_a * b1, dtype="float64")     # exact, up to the first zero
+        y = ab.astype("float64")                          # integers, exact, up to the first zero
+        if self.centre_a:
+            y += self.centre_a * b1
         if self.centre_b:
             y += self.centre_b * a1 + self.centre_a * self.centre_b * n
             b1 = b1 + self.centre_b * n
@@ -44,7 +45,7 @@ class Terms:
             y -= self.zero_b * (a1 + self.centre_a * n)
         if self.b1_matters and self.a1_matters:
             y += (zero_a * self.zero_b) * n
-        return xp.multiply(y, scale, out=out)             # rounded as it is stored
+        return array_module(y).multiply(y, scale, out=out)      # rounded as it is stored
 
     @property
     def needs_a1(self):
