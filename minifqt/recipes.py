@@ -22,7 +22,7 @@ class Recipe:
                     NAME-auto: bits chosen in each layer on the way (autobits.py)
     eval_range      "running" or "batch": the activations' range in evaluation
     alpha           with -auto: the gradients' quantization variance ÷ that of sampling, at most
-    Raises ValueError for a spec that names no quantizer.
+    Raises ValueError for a spec that names no quantizer, or one that law 2 or 3 keeps out there.
     """
 
     act: str = "ptq8"
@@ -35,9 +35,14 @@ class Recipe:
     def __post_init__(self):
         for place in ("act", "weight", "grad_w", "grad_x"):
             try:
-                quantizers.parse(getattr(self, place))
+                quantizer, _ = quantizers.parse(getattr(self, place))
             except ValueError as error:
                 raise ValueError(f"recipe, {place}: {error}") from None
+            if quantizer.per_sample and place != "grad_x":
+                raise ValueError(
+                    f"recipe, {place} {quantizer}: each row has a scale of its own, and a product "
+                    f"of {place} sums over rows: no integers can do that. Only grad_x takes it; "
+                    f"use {'sym8' if place == 'weight' else 'ptq8'}.")
         if "-auto" in self.act + self.weight:
             raise ValueError(f"recipe, act {self.act}, weight {self.weight}: only the bits of "
                              "gradients are chosen automatically. Give act and weight a number.")

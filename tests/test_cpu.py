@@ -193,7 +193,9 @@ def test_wgrad_of_a_large_image_of_one_channel_does_not_wrap(P, Q, instructions)
     assert products.conv_wgrad(g, x, (1, 1), 1, 0) == np.float32(-255.0 * 128 * P * Q)
 
 
-def test_weights_with_a_zero_go_to_blas_and_are_right(instructions, sent_to_blas):
+def test_weights_with_a_zero_go_to_blas_and_are_right(instructions, sent_to_blas, caplog,
+                                                      monkeypatch):
+    monkeypatch.setattr(products, "_told", [])
     for options in ({"zero": "real", "dtype": "int8"}, {"zero": "none", "dtype": "uint8"}):
         def loaded(rng, shape, free, options=options):
             return codes(rng, shape, free, **options)
@@ -201,6 +203,9 @@ def test_weights_with_a_zero_go_to_blas_and_are_right(instructions, sent_to_blas
         assert_same_bits(*(three_products(np.random.default_rng(0), module, SIZES["1 x 1"], loaded)
                            for module in (products, reference)))
     assert sent_to_blas == 2 * ["conv_fprop", "conv_dgrad"]
+    assert [record.message for record in caplog.records] == [
+        "tensor: BLAS multiplies it, which takes longer than this CPU's integer instructions. They "
+        "take int8 weights whose zero is 0, as sym8 makes them, and 65,792 terms."]     # said once
 
 
 # ---- threads -------------------------------------------------------------------------------------

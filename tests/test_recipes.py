@@ -87,9 +87,19 @@ def test_recipes_can_be_compared_and_hashed():
 
 
 @pytest.mark.parametrize("place", ["act", "weight", "grad_w", "grad_x"])
-@pytest.mark.parametrize("spec", ["ptq8:nearest", "psq4:stochastic", "identity", "bhq2"])
-def test_every_place_takes_every_spec(place, spec):
+@pytest.mark.parametrize("spec", ["ptq8:nearest", "ptqz4:stochastic", "identity", "sym2"])
+def test_every_place_takes_one_scale_a_tensor(place, spec):
     assert getattr(Recipe().replace(**{place: spec}), place) == spec
+
+
+@pytest.mark.parametrize(("place", "instead"), [("act", "ptq8"), ("weight", "sym8"),
+                                                ("grad_w", "ptq8")])
+@pytest.mark.parametrize("spec", ["psq4:stochastic", "bhq2"])
+def test_a_scale_a_row_is_for_grad_x_alone(place, instead, spec):
+    name = spec.partition(":")[0]
+    with pytest.raises(ValueError, match=f"^recipe, {place} {name}: each row has .* use {instead}"):
+        Recipe().replace(**{place: spec})
+    assert Recipe().replace(grad_x=spec).grad_x == spec
 
 
 @pytest.mark.parametrize("place", ["act", "weight", "grad_w", "grad_x"])

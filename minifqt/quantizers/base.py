@@ -72,6 +72,7 @@ class Quantizer:
 
     name = ""
     unbiased = True                                       # E[x̂] = x under stochastic rounding
+    per_sample = False                                    # a scale a row, or rows mixed: for grad_x
     reads_normalized = False                              # takes norm.Normalized as it is
 
     def __init__(self, bits: int | None):

@@ -32,11 +32,11 @@ class BHQ(Quantizer):
     """T = Q · diag(s) in groups of one large row and many small; then each mixed row its own range.
 
     Var x̂_ij = Σ_r (T⁻¹)²_ir scale_r² p(1 − p)_rj ≤ D/4 · Σ_r scale_r² ‖T⁻¹e_r‖².
-    May enter dgrad alone.
     Source: arXiv 2010.14298, the block Householder quantizer; grouping, scales and re-ranging as in
     the authors' code. Departs: fewer than 3 rows are PSQ; zero rows come back as exact zeros;
-    constant rows stay out of groups and are exact.
+    constant rows stay out of groups and are exact. May enter dgrad alone.
     """
+    per_sample = True
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         mix = householder(x, stream)

@@ -14,12 +14,12 @@ class PSQ(Quantizer):
     May enter dgrad, not wgrad.
     Source: arXiv 2010.14298, the per-sample quantizer. Plain form: kernels/reference.psq.
     """
+    per_sample = True
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
         g = fitted(x, len(x), self.bins, stream)
-        codes, per_sample = g.codes(stream, x.shape, self.bins), (len(x),) + (1,) * (x.ndim - 1)
-        return QTensor(codes, g.scale.reshape(per_sample), g.zero.reshape(per_sample),
-                       name=stream.name)
+        codes, rows = g.codes(stream, x.shape, self.bins), (len(x),) + (1,) * (x.ndim - 1)
+        return QTensor(codes, g.scale.reshape(rows), g.zero.reshape(rows), name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale_i² · p(1 − p).  float64, shape of x."""

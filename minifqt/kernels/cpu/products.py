@@ -3,6 +3,7 @@
 Here operands are made ready for the kernels of sums.py and wgrad.py, which pack them.
 What int32 could not hold, weights with a zero and a linear layer's floats go to blas.py.
 """
+import logging
 from functools import cache
 
 import numpy as np
@@ -31,6 +32,7 @@ KINDS = {dtypes[1]: tuple(np.empty(0, dtype) for dtype in dtypes) for dtypes in 
 def conv_fprop(x, w, stride, padding):
     """x (N, H, W, C), w (K, R, S, C) → (N, P, Q, K), contracts R, S, C."""
     if not fits(w):
+        _tell(w.name)
         return blas.conv_fprop(x, w, stride, padding)
     return fprop(x, w, stride, padding).form()
 
@@ -63,6 +65,17 @@ def fits(w):
     longest = R * S * max(C, K)                           # of fprop, of dgrad
     signed = w.codes.dtype == np.int8 and not np.count_nonzero(w.zero) and longest <= TERMS
     return signed or w.codes.dtype == np.float32
+
+
+_told = []                                                # a process says it once
+
+
+def _tell(name):
+    if not _told:
+        _told.append(name)
+        logging.getLogger("minifqt").warning(
+            "%s: BLAS multiplies it, which takes longer than this CPU's integer instructions. "
+            "They take int8 weights whose zero is 0, as sym8 makes them, and 65,792 terms.", name)
 
 
 class Correlation:
