@@ -80,3 +80,15 @@ def sent_to_blas(monkeypatch):
     for name in ("matmul", "conv_fprop", "conv_dgrad"):
         monkeypatch.setattr(blas, name, watched(name, getattr(blas, name)))
     return sent
+
+
+@pytest.fixture
+def both_ways(set_instructions):
+    """both_ways(function) is function() compiled, then by NumPy."""
+    def each(function):
+        set_instructions("auto")
+        compiled = function()
+        set_instructions("numpy")
+        return compiled, function()
+
+    return each

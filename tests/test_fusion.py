@@ -1,6 +1,7 @@
 """A fused network is the plain one, number for number.
 
-What lazy arrays promise is in test_seen.py, what the compiled kernels compute in test_cpu.py.
+What lazy arrays promise is in test_seen.py, what compiled kernels compute in test_cpu.py
+and test_passes.py.
 """
 from dataclasses import replace
 
