@@ -39,8 +39,12 @@ def test_products_equal_the_reference_whichever_zeros_let_a_term_be_left_out(zer
 
 @pytest.mark.parametrize("columns", [100, 1000, 4000])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_products_equal_the_reference_wherever_the_work_is_cut(stride, columns, monkeypatch):
+@pytest.mark.parametrize("centred", [True, False])
+def test_products_equal_the_reference_wherever_the_work_is_cut(centred, stride, columns,
+                                                               monkeypatch):
     """Blocks of images, slabs of a contraction: all of them small."""
+    if centred:
+        monkeypatch.setattr(engines.Narrow, "largest", 0)
     monkeypatch.setattr(engines.Sgemm, "columns", columns)
     monkeypatch.setattr(engines.Sgemm, "slab", 50)
     monkeypatch.setattr(blas, "LEAST", columns)
@@ -56,6 +60,31 @@ def test_products_equal_the_reference_wherever_the_work_is_cut(stride, columns, 
                      [reference.matmul(a, b), reference.conv_fprop(x, w, stride, 1),
                       reference.conv_wgrad(g, v, (3, 3), stride, 1),
                       reference.conv_dgrad(y, u, (10, 11), stride, 1)])
+
+
+def test_a_weight_gradient_adds_as_many_images_at_once_as_float32_holds(monkeypatch):
+    """Two of 25 pixels each, then the next two; of nine, the last is alone."""
+    monkeypatch.setattr(engines.Sgemm, "slab", 50)
+    rng = np.random.default_rng(0)
+    g, x = (codes(rng, (9, 5, 5, size), 3) for size in (2, 4))
+    assert_same_bits([blas.conv_wgrad(g, x, (3, 3), 1, 1)],
+                     [reference.conv_wgrad(g, x, (3, 3), 1, 1)])
+
+
+@pytest.mark.parametrize(("terms", "kind"), [(518, "Narrow"), (519, "Sgemm")])
+def test_codes_are_not_centred_beside_weights_that_float32_can_hold(terms, kind):
+    """255 · 127 · 519 is odd and above 2²⁴: float32 would round it."""
+    one = np.ones((1, 1), "float32")
+    a = QTensor(np.full((3, terms), 255, "uint8"), one, 0 * one)
+    w = np.full((2, terms), 127, "int8")
+    w[1, ::2] = -1
+    w = QTensor(w, one, 0 * one)
+    assert type(engines.engine_of(a, w, weights=True)).__name__ == kind
+    assert type(engines.engine_of(a, w)).__name__ == "Sgemm"
+    x, f = (QTensor(t.codes[:, None, None], one[:, None, None], 0 * one[:, None, None])
+            for t in (a, w))
+    assert_same_bits([blas.matmul(a, w), blas.conv_fprop(x, f, 1, 0)],
+                     [reference.matmul(a, w), reference.conv_fprop(x, f, 1, 0)])
 
 
 def test_filter_rows_add_up_exactly_where_float32_would_round_their_sum():
@@ -115,7 +144,8 @@ def tensor_cores(monkeypatch):
     plain = blas.engine_of
     monkeypatch.setattr(blas, "array_module", lambda _: elsewhere)
     monkeypatch.setattr(blas, "engine_of",
-                        lambda a, b: engine if a.is_integer and b.is_integer else plain(a, b))
+                        lambda a, b, weights=False: engine if a.is_integer and b.is_integer
+                        else plain(a, b, weights))
     return engine
 
 

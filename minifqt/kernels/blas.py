@@ -1,13 +1,13 @@
 """Exact integer products by float or tensor-core BLAS: the portable fast version of reference.py.
 
-Codes are centred privately (uint8 − 128), images become columns, a filter row's taps side by side,
-and engines.py multiplies them exactly. Float operands (Identity) take the same road without
-centring. What leaves is bit for bit what reference.py gives for integers.
+Codes are centred privately (uint8 − 128) where sums would be too large, images become columns, a
+filter row's taps side by side, and engines.py multiplies them exactly. Float operands (Identity)
+take the same road. What leaves is bit for bit what reference.py gives for integers.
 """
 import numpy as np
 
 from minifqt.backend import array_module, empty, map_blocks, one_blas_thread, scratch
-from minifqt.kernels.engines import Floats, centre, engine_of
+from minifqt.kernels.engines import Floats, engine_of
 from minifqt.kernels.reference import first_to_last, output_size
 from minifqt.qtensor import QTensor
 
@@ -17,11 +17,11 @@ PARTS, LEAST = 8, 1 << 18                                 # pieces of work, and 
 class Terms:
     """The zeros, scales and centres of two integer operands, as they stand in the result."""
 
-    def __init__(self, a, b, turn_a=lambda v: v, turn_b=lambda v: v, centres=None):
+    def __init__(self, a, b, centres, turn_a=lambda v: v, turn_b=lambda v: v):
         self.zero_a, self.zero_b = (turn_a(a.zero.astype("float64")),
                                     turn_b(b.zero.astype("float64")))
         self.scale = turn_a(a.scale.astype("float64")) * turn_b(b.scale.astype("float64"))
-        self.centre_a, self.centre_b = centres or (centre(a.codes), centre(b.codes))
+        self.centre_a, self.centre_b = centres
         on_cpu = array_module(a.codes) is np              # else asking costs a sync: form all terms
         self.b1_matters, self.a1_matters = (bool(z.any()) if on_cpu else True
                                             for z in (self.zero_a, self.zero_b))
@@ -33,6 +33,8 @@ class Terms:
         """
         scale, zero_a = (v if rows is None or len(v) == 1 else v[rows]
                          for v in (self.scale, self.zero_a))
+        if self.scale_alone:
+            return array_module(ab).multiply(ab, scale, out=out, dtype="float64")
         y = ab.astype("float64")                          # integers, exact, up to the first zero
         if self.centre_a:
             y += self.centre_a * b1
@@ -48,6 +50,11 @@ class Terms:
         return array_module(y).multiply(y, scale, out=out)      # rounded as it is stored
 
     @property
+    def scale_alone(self):
+        """Whether Σab but for the scale is the result."""
+        return not (self.centre_a or self.b1_matters or self.needs_a1)
+
+    @property
     def needs_a1(self):
         """Whether Σa1 and Σ11 have a part in the result."""
         return self.centre_b or self.a1_matters
@@ -55,12 +62,12 @@ class Terms:
 
 def matmul(a, b):
     """a bᵀ.  a (M, K), b (J, K) → (M, J), contracts K."""
-    engine, xp = engine_of(a, b), array_module(a.codes)
+    engine, xp = engine_of(a, b, weights=True), array_module(a.codes)
     right = engine.load(b.codes).astype(engine.dtype)
     M, K = a.shape
     y = xp.empty((M, len(right)), engine.result)
     if engine.exact:
-        terms = Terms(a, b, turn_b=first_to_last)
+        terms = Terms(a, b, engine.centres(a, b), turn_b=first_to_last)
         b1 = right.sum(axis=1, dtype="float64")[None]     # (1, J)
 
     def block(rows):
@@ -113,11 +120,11 @@ def correlate(a, b, canvas, offset, stride, y):
 
     a is placed on a canvas of absent pixels.
     """
-    engine, xp = engine_of(a, b), array_module(a.codes)
+    engine, xp = engine_of(a, b, weights=True), array_module(a.codes)
     (K, R, S, C), (N, *out, _) = b.shape, y.shape
     weights = engine.load(b.codes).astype(engine.dtype)
     if engine.exact:
-        terms = Terms(a, b, turn_b=first_to_last)
+        terms = Terms(a, b, engine.centres(a, b), turn_b=first_to_last)
         if terms.needs_a1:                                # one filter more, of ones, yields Σa1
             weights = xp.concatenate([weights, xp.ones((1, R, S, C), weights.dtype)])
     group = min(R, engine.filter_rows)
@@ -130,7 +137,8 @@ def correlate(a, b, canvas, offset, stride, y):
         pairs = zip(taps, filters, strict=True)
         return engine.dot(*pairs).reshape(-1, *out, len(weights))
 
-    if engine.exact:
+    b1 = n = None
+    if engine.exact and not terms.scale_alone:
         with one_blas_thread():                           # one image's work: where taps are present
             present = sums(xp.ones((1, *a.shape[1:]), "int8")).astype("float64")
         b1, n = present[..., :K], present[..., K:]
@@ -178,7 +186,7 @@ def conv_wgrad(g, x, kernel, stride, padding):
     ones = xp.ones((1, P, Q, 1))
     present = placed(xp.ones((1, H, W, 1), "int8")).astype("float64")
     with one_blas_thread():
-        return Terms(g, x, turn_a=first_to_last).finish(
+        return Terms(g, x, engine.centres(g, x), turn_a=first_to_last).finish(
             gx, product(ones, image, floats), product(left, present, floats),
             N * product(ones, present, floats), xp.empty(gx.shape, "float32"))
 

@@ -53,6 +53,10 @@ class Sgemm(Floats):
         """Codes as int8, uint8 moved to −128..127: the top bit turned."""
         return (codes ^ 128).view("int8") if centre(codes) else codes
 
+    def centres(self, *tensors):
+        """What `load` takes off each tensor's codes."""
+        return [centre(t.codes) for t in tensors]
+
     def gather(self, a, b):
         images = self.slab // a.shape[1]                  # so many still add up exactly
         if images < 2:
@@ -60,6 +64,26 @@ class Sgemm(Floats):
         sums = self.dot((a.swapaxes(1, 2), b))
         parts = [sums[n:n + images].sum(axis=0) for n in range(0, len(sums), images)]
         return sum(parts[1:], parts[0].astype("float64"))
+
+
+class Narrow(Sgemm):
+    """Codes as they are, uncentred, beside weights so small that float32 holds any partial sum."""
+
+    slab, largest = 1 << 62, 2**24                        # 255 Σ|w| is below
+
+    def load(self, codes):
+        return codes
+
+    def centres(self, *tensors):
+        return [0 for _ in tensors]
+
+    @classmethod
+    def fits(cls, a, w):
+        """a uint8, w (K, …) int8, all of whose axes but the first are contracted."""
+        if (a.codes.dtype, w.codes.dtype) != (np.uint8, np.int8) or not w.codes.size:
+            return False
+        rows = w.codes.reshape(len(w.codes), -1)
+        return 255 * int(np.abs(rows, dtype="int32").sum(axis=1).max()) < cls.largest
 
 
 class TensorCores(Sgemm):
@@ -105,11 +129,13 @@ def gemm_ex(a, b):
     return out
 
 
-def engine_of(a, b):
-    """How the product of these two tensors is computed."""
+def engine_of(a, b, weights=False):
+    """How the product of these two tensors is computed; `weights`: b's rows are contracted."""
     integer, on_cpu = a.is_integer and b.is_integer, array_module(a.codes) is np
+    if integer and on_cpu:
+        return Narrow() if weights and Narrow.fits(a, b) else Sgemm()
     if integer:
-        return Sgemm() if on_cpu else TensorCores()
+        return TensorCores()
     return Floats(a.codes.dtype.name, Sgemm.columns if on_cpu else TensorCores.columns)
 
 

@@ -31,9 +31,12 @@ class Reflection:
     def __call__(self, y):
         first, *others = (y[run] for run in self.runs)
         c, change = (scratch(use, first.shape, "float64") for use in ("c", "change"))
-        c[...] = first
+        total = first                                     # Σ over rows: a pass less than from 0
         for some in others:
-            c[:len(some)] += some
+            np.add(total[:len(some)], some, out=c[:len(some)])
+            total = c
+        alone = len(others[0]) if others else 0
+        c[alone:] = first[alone:]
         c *= self.root
         np.subtract(first, c, out=c)
         c *= self.gain

@@ -205,7 +205,7 @@ def matmul(a, b):
     share(gemm_rows, *isa.tile, left, signed.reshape(J, 1, 1, K), False, 1, out)
     a1 = (codes_of(a) ^ flip_a).sum(axis=1, dtype="float64")[:, None]
     b1 = signed.sum(axis=1, dtype="float64")
-    terms = blas.Terms(a, b, turn_b=first_to_last, centres=(-int(flip_a), int(flip_b)))
+    terms = blas.Terms(a, b, (-int(flip_a), int(flip_b)), turn_b=first_to_last)
     return terms.finish(out[:M, :J], b1, a1, K, np.empty((M, J), np.float32))
 
 
