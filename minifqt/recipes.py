@@ -40,9 +40,9 @@ class Recipe:
                 raise ValueError(f"recipe, {place}: {error}") from None
             if quantizer.per_sample and place != "grad_x":
                 raise ValueError(
-                    f"recipe, {place} {quantizer}: each row has a scale of its own, and a product "
-                    f"of {place} sums over rows: no integers can do that. Only grad_x takes it; "
-                    f"use {'sym8' if place == 'weight' else 'ptq8'}.")
+                    f"recipe, {place} {quantizer}: each row has a scale of its own, but backward "
+                    f"sums over the rows of {place}, as integers cannot with several scales. Only "
+                    f"grad_x takes it; use {'sym8' if place == 'weight' else 'ptq8'}.")
         if "-auto" in self.act + self.weight:
             raise ValueError(f"recipe, act {self.act}, weight {self.weight}: only the bits of "
                              "gradients are chosen automatically. Give act and weight a number.")

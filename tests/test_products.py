@@ -87,6 +87,14 @@ def test_codes_are_not_centred_beside_weights_that_float32_can_hold(terms, kind)
                      [reference.matmul(a, w), reference.conv_fprop(x, f, 1, 0)])
 
 
+def test_many_codes_beside_weights_of_zero_are_added_exactly():
+    """Σa = 255 · 70,001 is odd and above 2²⁴; the zeros cancel it."""
+    one = np.ones((1, 1, 1, 1), "float32")
+    x = QTensor(np.full((1, 1, 1, 70_001), 255, "uint8"), one, 255 * one)
+    w = QTensor(np.zeros((1, 1, 1, 70_001), "int8"), one, one)
+    assert blas.conv_fprop(x, w, 1, 0) == 0
+
+
 def test_filter_rows_add_up_exactly_where_float32_would_round_their_sum():
     """Each row of 603 terms fits below 2²⁴, all three, odd, do not; the zero cancels them."""
     one = np.ones((1, 1, 1, 1), "float32")

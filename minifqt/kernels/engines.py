@@ -69,7 +69,7 @@ class Sgemm(Floats):
 class Narrow(Sgemm):
     """Codes as they are, uncentred, beside weights so small that float32 holds any partial sum."""
 
-    slab, largest = 1 << 62, 2**24                        # 255 Σ|w| is below
+    slab, largest = 1 << 62, 2**24                        # 255 Σ|w| and 255 Σ1 are below
 
     def load(self, codes):
         return codes
@@ -83,7 +83,8 @@ class Narrow(Sgemm):
         if (a.codes.dtype, w.codes.dtype) != (np.uint8, np.int8) or not w.codes.size:
             return False
         rows = w.codes.reshape(len(w.codes), -1)
-        return 255 * int(np.abs(rows, dtype="int32").sum(axis=1).max()) < cls.largest
+        most = max(int(np.abs(rows, dtype="int32").sum(axis=1).max()), rows.shape[1])
+        return 255 * most < cls.largest
 
 
 class TensorCores(Sgemm):
