@@ -25,7 +25,6 @@ Array: TypeAlias = Any                                    # numpy.ndarray or cup
 _blas = ThreadpoolController().select(user_api="blas").lib_controllers
 _inside, _before, _blas_lock = 0, [], Lock()              # of one_blas_thread
 _pool: ThreadPoolExecutor | None = None
-_ELEMENTS = 1 << 18                                       # in a block of elementwise work
 _LARGE = 1 << 14                                          # bytes; malloc keeps smaller ones itself
 PAGE = 4096                                               # bytes
 _shelf: dict[int, list["_Memory"]] = {}                  # free memory by size
@@ -119,17 +118,6 @@ def _submit(function, *args):
     return _pool.submit(copy_context().run, function, *args)
 
 
-def elementwise(ufunc: np.ufunc, x: np.ndarray, y, dtype="float32") -> np.ndarray:
-    """ufunc(x, y) on all threads, into kept memory.  x (N, …), y a number or of x's shape."""
-    operands, out = [np.asarray(v) if np.ndim(v) else v for v in (x, y)], empty(x.shape, dtype)
-
-    def block(part):
-        ufunc(*(v[part] if np.ndim(v) else v for v in operands), out=out[part])
-
-    map_blocks(block, len(x), max(1, len(x) * _ELEMENTS // max(1, x.size)))
-    return out
-
-
 def empty(shape: tuple, dtype="float32", xp=np) -> Array:
     """An array whose memory, if large, comes from arrays that were let go: no page is new twice.
 
@@ -151,12 +139,15 @@ def scratch(use: str, shape: tuple, dtype="float32", xp=np) -> Array:
     """An array of arbitrary contents, valid until this thread next asks for the same use."""
     if xp is not np:
         return xp.empty(shape, dtype)
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = getattr(_own, use, None)
-    if memory is None or len(memory) < size:
-        memory = _paged(size)
-        setattr(_own, use, memory)
-    return np.ndarray(shape, dtype, memory)
+    arrays = vars(_own).setdefault(use, {})
+    array = arrays.get((shape, dtype))
+    if array is None:
+        size, memory = math.prod(shape) * np.dtype(dtype).itemsize, arrays.get("memory")
+        if memory is None or len(memory) < size:
+            arrays.clear()                                # those of the smaller memory
+            memory = arrays["memory"] = _paged(size)
+        array = arrays[shape, dtype] = np.ndarray(shape, dtype, memory)
+    return array
 
 
 class _Memory(np.ndarray):

@@ -5,16 +5,15 @@ parameters, streams and every other layer stay. What they return is not computed
 it first computes it on the way. A convolution is added to the skip, or summed for the batch norm
 behind it, as its rows are written; batch norm and ReLU are formed by the activation quantizer of
 the next layer; backwards, the same convolution's gradient is unmixed, gated and summed in cache.
-Whoever else reads them gets plain numbers.
+Whoever else reads them gets plain numbers. By NumPy alone products are written, the rest is fused.
 """
 import numpy as np
 
-from minifqt.backend import array_module, elementwise
 from minifqt.kernels import conv, norm, pool, rounding
 from minifqt.kernels.conv import Product
 from minifqt.kernels.norm import Normalized
 from minifqt.kernels.pool import Spread
-from minifqt.kernels.seen import Lazy, Seen, suits
+from minifqt.kernels.seen import Lazy, Seen, is_images, suits
 from minifqt.layers import BatchNorm2d, Conv2d, GlobalAvgPool2d, Layer, ReLU
 from minifqt.layers.base import as_input
 
@@ -69,15 +68,16 @@ class FusedBatchNorm2d(BatchNorm2d):
     def forward(self, x):
         x = as_input(self, x, "(N, H, W, C)" if x.ndim == 4 else "(N, C)", self.channels)
         x = x.array() if isinstance(x, Lazy) else x
-        if not suits(x):                                  # float64, or NumPy alone was asked for
+        if not is_images(x):                              # float64, or on a GPU
             return super().forward(x)
         y = Normalized(x, self.scaled(x))
         self.save(y)
         return y
 
     def scaled(self, x):
-        """What `scaling` finds, as runs (4, run); in training, in one compiled call."""
-        if not self.training or x.size == self.channels:  # of one number: it raises
+        """What `scaling` finds, as runs (4, run); in training, if compiled, in one call."""
+        one = x.size == self.channels                     # number a channel: then `scaling` raises
+        if one or not self.training or not suits(x):
             return norm.runs(*self.scaling(x))
         vectors, (self.running_mean, self.running_var) = norm.scaling(
             x, self.weight.data, self.bias.data, (self.running_mean, self.running_var), self.eps,
@@ -88,8 +88,7 @@ class FusedBatchNorm2d(BatchNorm2d):
         y, *rest = self.saved()
         if rest:                                          # the plain forward's
             self.save(y, *rest)
-            dx = super().backward(dy.array() if isinstance(dy, Lazy) else dy)
-            return dx.view(Seen) if in_numpy(dx) else dx
+            return super().backward(dy.array() if isinstance(dy, Lazy) else dy)
         if dy.shape != y.shape:
             raise ValueError(self.mismatch(dy, y))
         if isinstance(dy, Gated) and dy.gate.source is y:
@@ -105,12 +104,7 @@ class FusedReLU(ReLU):
 
     def forward(self, x):
         if not isinstance(x, Normalized):
-            x = x.array() if isinstance(x, Lazy) else x
-            if not in_numpy(x):
-                return super().forward(x)
-            y, above = norm.rectify(x)
-            self.save(above)
-            return y
+            return super().forward(x.array() if isinstance(x, Lazy) else x)
         y = x.rectified()
         self.save(y)
         return y
@@ -120,7 +114,7 @@ class FusedReLU(ReLU):
         if isinstance(saved, Normalized):
             return Gated(dy, saved)
         dy = dy.array() if isinstance(dy, Lazy) else dy
-        return elementwise(np.multiply, dy, saved) if in_numpy(dy) else dy * saved
+        return dy * saved
 
 
 class Gated(Lazy):
@@ -150,9 +144,8 @@ class FusedGlobalAvgPool2d(GlobalAvgPool2d):
 
 
 def in_numpy(x):
-    """Whether these are float32 numbers on a CPU that nothing compiled takes."""
-    return (isinstance(x, np.ndarray) and array_module(x) is np and x.dtype == np.float32
-            and x.size > 0 and not suits(x))
+    """Whether only passes by NumPy alone take it."""
+    return is_images(x) and not suits(x)
 
 
 FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU,
@@ -160,7 +153,7 @@ FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU,
 
 
 def fuse(net: Layer) -> Layer:
-    """The network itself, fused; where nothing is compiled it works as before."""
+    """The network itself, fused; on a GPU it works as before."""
     return _exchange(net, FUSED)
 
 

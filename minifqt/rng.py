@@ -7,6 +7,7 @@ no order of calls. Next: qtensor.py.
 import hashlib
 import math
 from contextlib import contextmanager
+from threading import local
 
 import numpy as np
 
@@ -16,6 +17,7 @@ HALF = 32768                                              # as noise everywhere 
 _CHUNK = 1 << 14                                          # Philox blocks (of 16 values) in one task
 _LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)    # Salmon 2011, table 2; NumPy's philox.h
+_own = local()                                            # of each thread
 INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 
@@ -126,8 +128,7 @@ class Stream:
                     .reshape(-1)[skip:skip + count].reshape(shape))
 
         def words_of(part):
-            generator = self._generator(first + part.start, step)
-            return generator.bit_generator.random_raw((part.stop - part.start, 4))
+            return self._words(first + part.start, step).random_raw((part.stop - part.start, 4))
 
         words = (words_of(slice(0, blocks)) if blocks <= _CHUNK else
                  np.concatenate(map_blocks(words_of, blocks, _CHUNK)))
@@ -135,11 +136,18 @@ class Stream:
 
     def generator(self, step: int) -> np.random.Generator:
         """A NumPy generator for this name and step: initialisation, data order, augmentation."""
-        return self._generator(0, step)
-
-    def _generator(self, block, step):
-        counter = np.array([block, step, 0, 0], np.uint64)
+        counter = np.array([0, step, 0, 0], np.uint64)
         return np.random.Generator(np.random.Philox(counter=counter, key=self.key))
+
+    def _words(self, block, step):
+        """This thread's Philox, set to begin with this block: to make one takes long."""
+        counter = np.array([block, step, 0, 0], np.uint64)
+        if not hasattr(_own, "philox"):
+            _own.philox = np.random.Philox(0)
+        _own.philox.state = {"bit_generator": "Philox", "buffer": np.zeros(4, np.uint64),
+                             "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
+                             "state": {"counter": counter, "key": self.key}}
+        return _own.philox
 
     def source(self) -> tuple | None:
         """(key, step, constant) for kernels that make `bits` themselves: constant −1, or the noise.

@@ -385,18 +385,3 @@ def test_a_fused_block_forms_no_activation(monkeypatch):
     monkeypatch.setattr(pool.Spread, "form", None)
     net = minifqt.fuse(build(Sequential(BatchNorm2d(8), ReLU(), GlobalAvgPool2d()), "bhq5"))
     np.asarray(net.backward(net.forward(x)))
-
-
-@pytest.mark.parametrize("shape", [(5, 3, 4, 2), (3, 100_000), (300, 3000)])
-def test_in_numpy_a_rectified_array_knows_its_ranges(shape, on_threads):
-    x = np.random.default_rng(0).standard_normal(shape, "float32")
-    x[1] = abs(x[1]) + 1                                  # all above 0
-    for y, above in on_threads(lambda: norm.rectify(x)):
-        assert (y == np.maximum(x, 0)).all()
-        assert (above == (x > 0)).all()
-        flat = np.asarray(y).reshape(len(x), -1)
-        (low, high), _ = rounding.joined(y.summary.ranges)
-        assert (low == flat.min(axis=1, keepdims=True)).all()
-        assert (high == flat.max(axis=1, keepdims=True)).all()
-        ranges, _ = rounding.joined(rounding.parts_of(y, 1, flat.reshape(1, -1)))
-        assert ranges.reshape(-1).tolist() == [0, x.max()]

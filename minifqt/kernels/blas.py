@@ -33,21 +33,24 @@ class Terms:
         """
         scale, zero_a = (v if rows is None or len(v) == 1 else v[rows]
                          for v in (self.scale, self.zero_a))
+        xp = array_module(ab)
         if self.scale_alone:
-            return array_module(ab).multiply(ab, scale, out=out, dtype="float64")
-        y = ab.astype("float64")                          # integers, exact, up to the first zero
+            return xp.multiply(ab, scale, out=out, dtype="float64")
+        y = scratch("finished", ab.shape, "float64", xp)
+        y[...] = ab                                       # integers, exact, up to the first zero
         if self.centre_a:
             y += self.centre_a * b1
         if self.centre_b:
             y += self.centre_b * a1 + self.centre_a * self.centre_b * n
             b1 = b1 + self.centre_b * n
         if self.b1_matters:
-            y -= zero_a * b1
+            y -= (xp.multiply(zero_a, b1, out=scratch("term", y.shape, "float64", xp))
+                  if len(zero_a) > 1 else zero_a * b1)
         if self.a1_matters:
             y -= self.zero_b * (a1 + self.centre_a * n)
         if self.b1_matters and self.a1_matters:
             y += (zero_a * self.zero_b) * n
-        return array_module(y).multiply(y, scale, out=out)      # rounded as it is stored
+        return xp.multiply(y, scale, out=out)             # rounded as it is stored
 
     @property
     def scale_alone(self):
@@ -175,7 +178,7 @@ def conv_wgrad(g, x, kernel, stride, padding):
 
     def part(rows):
         left, image = engine.load(g.codes[rows]).astype(engine.dtype), placed(x.codes[rows])
-        sums = [v.sum(axis=0, dtype=engine.total)[None] for v in (left, image) if engine.exact]
+        sums = [engine.over_images(v) for v in (left, image) if engine.exact]
         return [product(left, image, engine), *sums]
 
     parts = run(engine, part, N, images(engine, N, canvas[0] * Q * S * C))

@@ -5,7 +5,7 @@ how many columns it takes at a time. Each sum is cut so that nothing is rounded 
 """
 import numpy as np
 
-from minifqt.backend import array_module
+from minifqt.backend import array_module, scratch
 
 
 class Floats:
@@ -22,12 +22,13 @@ class Floats:
 
     def dot(self, *pairs):
         """Σ a b of pairs (…, M, k), (…, k, J); integers exact, past one slab in float64."""
-        parts = [(a[..., start:start + self.slab], b[..., start:start + self.slab, :])
-                 for a, b in pairs for start in range(0, a.shape[-1], self.slab)]
-        total = self.product(*parts[0])
-        if sum(a.shape[-1] for a, _ in pairs) > self.slab:
-            total = total.astype("float64")
-        for a, b in parts[1:]:
+        long = sum(a.shape[-1] for a, _ in pairs) > self.slab
+        if long:
+            pairs = [(a[..., start:start + self.slab], b[..., start:start + self.slab, :])
+                     for a, b in pairs for start in range(0, a.shape[-1], self.slab)]
+        total = self.product(*pairs[0])
+        total = total.astype("float64") if long else total
+        for a, b in pairs[1:]:
             total += self.product(a, b)
         return total
 
@@ -44,7 +45,6 @@ class Sgemm(Floats):
 
     exact, dtype, result, columns = True, "float32", "float32", 1 << 20
     slab = 2**24 // (128 * 128)                           # 1,024 terms of centred codes
-    total = "float32"                                     # Σ over images: of less than 2¹⁷
 
     def __init__(self):
         pass
@@ -56,6 +56,12 @@ class Sgemm(Floats):
     def centres(self, *tensors):
         """What `load` takes off each tensor's codes."""
         return [centre(t.codes) for t in tensors]
+
+    def over_images(self, v):
+        """Σ over fewer than 2¹⁷ images.  (n, …) → (1, …)."""
+        floats = scratch("summed", v.shape)
+        floats[...] = v                                   # BLAS is the fastest to sum
+        return (np.ones(len(v), "float32") @ floats.reshape(len(v), -1)).reshape(1, *v.shape[1:])
 
     def gather(self, a, b):
         images = self.slab // a.shape[1]                  # so many still add up exactly
@@ -91,7 +97,7 @@ class TensorCores(Sgemm):
     """int8 GEMMs with int32 accumulation (cuBLAS): cupy.matmul would return int8, wrapped."""
 
     dtype, columns = "int8", 1 << 62
-    slab, total = 65536, "int64"                          # · 128 · 128 = 2³⁰ < 2³¹
+    slab = 65536                                          # · 128 · 128 = 2³⁰ < 2³¹
     filter_rows = 1 << 62                                 # all: one large product
 
     def __init__(self, gemm=None):
@@ -105,6 +111,9 @@ class TensorCores(Sgemm):
                        xp.zeros((-(-J // 16) * 16, -(-k // 16) * 16), "int8"))
         left[:, :k], right[:J, :k] = a, b.T
         return self.gemm(left, right)[:, :J].astype("float64")
+
+    def over_images(self, v):
+        return v.sum(axis=0, dtype="int64")[None]
 
     def gather(self, a, b):
         return self.dot((a.reshape(-1, a.shape[2]).T, b.reshape(-1, b.shape[2])))

@@ -13,7 +13,7 @@ from minifqt.backend import Array, array_module, empty, map_blocks, scratch
 from minifqt.kernels import reference
 from minifqt.kernels.cpu import choice
 from minifqt.kernels.reference import UNIT
-from minifqt.kernels.seen import Seen, Summary, suits
+from minifqt.kernels.seen import Lazy, Seen, Summary, suits
 from minifqt.rng import Stream
 
 if choice.numba is not None:
@@ -150,8 +150,8 @@ def round_rows(x: Array, maps: Array, stream: Stream, shape: tuple, limits: tupl
         return reference.anchored_codes(fixed, h).astype(dtype).reshape(shape)
     source, direct = stream.source(), suits(x)
     maps, limits = np.asarray(maps, np.float32).reshape(3, -1), _in_fixed_point(limits)
-    if not source or not (direct or hasattr(x, "rounded")):
-        codes_of_blocks = _blockwise(np.asarray(x), stream, shape, source, *maps, *limits, dtype)
+    if not source or not (direct or isinstance(x, Lazy) and x.compiled):
+        codes_of_blocks = _blockwise(x, stream, shape, source, *maps, *limits, dtype)
         return codes_of_blocks.reshape(shape)
     found, rounding = empty(shape, np.uint8), (maps, *limits, *source)
     out = found.reshape(len(x), -1)
@@ -169,31 +169,35 @@ def _in_fixed_point(limits):
 
 
 def _blockwise(x, stream, shape, source, shift, inv, code, lowest, highest, dtype):
-    shifted, anchored, signed = shift.any(), code.any(), lowest < 0
-    out, D = empty(x.shape, dtype), x.shape[1]
-    given = None if source else stream.bits(shape).reshape(x.shape)   # who knows in which way
+    shifted, anchored, signed, single = shift.any(), code.any(), lowest < 0, len(shift) == 1
+    N, D = size = len(x), x.size // len(x)
+    formed = not isinstance(x, Lazy) or N == 1
+    read = (lambda at, _: rows[at]) if formed else x.reader()
+    rows, out = np.asarray(x).reshape(size) if formed else None, empty(size, dtype)
+    given = None if source else stream.bits(shape).reshape(size)      # who knows in which way
 
     def noise(at):
         if not source:
             return given[at]
         first = sum(part.start * size for part, size in zip(at, (D, 1), strict=True) if part.start)
-        return stream.bits(x[at].shape, offset=first) if source[2] < 0 else source[2]
+        return stream.bits(out[at].shape, offset=first) if source[2] < 0 else source[2]
 
     def block(at):
-        part, rows = x[at], at[0]
-        v = scratch("fixed", part.shape)
+        of = slice(None) if single else at[0]
+        v = scratch("fixed", out[at].shape)
+        part = read(at, v)
         if shifted:
-            part = np.subtract(part, shift[rows, None], out=v)
-        np.multiply(part, inv[rows, None], out=v)
+            part = np.subtract(part, shift[of, None], out=v)
+        np.multiply(part, inv[of, None], out=v)
         np.rint(v, out=v)
         if anchored:
-            v += code[rows, None]
+            v += code[of, None]
         np.clip(v, lowest, highest, out=v)
         v += noise(at)                                    # integers below 2²⁴: exact
         v *= np.float32(1 / UNIT)
         out[at] = np.floor(v, out=v) if signed else v     # the cast cuts what is behind the point
 
-    _in_blocks(block, x.shape)
+    _in_blocks(block, size)
     return out
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minifqt.backend import array_module, elementwise, empty
+from minifqt.backend import array_module, empty
+from minifqt.kernels import blocks
 from minifqt.kernels.cpu import choice
 
 if choice.numba is not None:
@@ -19,10 +20,10 @@ if choice.numba is not None:
 
 
 class Summary(NamedTuple):
-    """Of an array (N, …, C): what each image and channel holds."""
+    """Of an array (N, …, C): what each of its parts holds, images or a few of them."""
 
-    ranges: np.ndarray                                    # (2, N, C) lowest and highest
-    sums: np.ndarray | None                               # (2, N, C) float64 Σx and Σx²
+    ranges: np.ndarray                                    # (2, parts, C) lowest and highest
+    sums: np.ndarray | None                               # (2, parts, C) float64 Σx and Σx²
 
 
 class Seen(np.ndarray):
@@ -125,7 +126,7 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
         if self._array is not None:                       # then perhaps the other is not computed
             return other + self._array if isinstance(other, Lazy) else add(self._array, other)
         other = other.array() if isinstance(other, Lazy) else other
-        fits = suits(other) and other.shape == self.shape
+        fits = is_images(other) and other.shape == self.shape
         return self.plus(other) if fits else add(self.array(), other)
 
     __radd__ = __add__
@@ -149,10 +150,15 @@ class Lazy(np.lib.mixins.NDArrayOperatorsMixin):
         return getattr(self.array(), name)
 
 
-def suits(x) -> bool:
-    """Whether the compiled passes take it: images of float32 on a CPU, numba there and wanted."""
+def is_images(x) -> bool:
+    """Whether passes take it, compiled or by NumPy alone: (N, C) or images of float32 on a CPU."""
     return (isinstance(x, np.ndarray) and array_module(x) is np and x.dtype == np.float32
-            and x.ndim in (2, 4) and x.size > 0 and choice.instructions() != "numpy")
+            and x.ndim in (2, 4) and x.size > 0)
+
+
+def suits(x) -> bool:
+    """Whether the compiled passes take it: numba is there and wanted."""
+    return is_images(x) and choice.instructions() != "numpy"
 
 
 def images(x: np.ndarray) -> np.ndarray:
@@ -171,11 +177,15 @@ def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     alike = isinstance(y, np.ndarray) and x.shape == y.shape and x.dtype == y.dtype == np.float32
     if not alike or x.ndim == 0:
         return np.add(x, y)
-    if not (suits(x) and suits(y)):
-        return elementwise(np.add, x, np.asarray(y)).view(Seen)
     z, C = blank(x.shape), x.shape[-1]
-    sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
-    share(norms.add, images(x), images(y), C, images(z), sums, ranges)
+    if not is_images(x):
+        np.add(x, y, out=z)
+        return z
+    if suits(x):
+        sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
+        share(norms.add, images(x), images(y), C, images(z), sums, ranges)
+    else:
+        sums, ranges = blocks.add(images(x), images(y), C, images(z))
     z.summary = Summary(ranges, sums)
     return z
 
@@ -186,6 +196,9 @@ def summary(x: np.ndarray) -> Summary:
     if known is not None and known.sums is not None:
         return known
     C = x.shape[-1]
+    if not suits(x):
+        sums, ranges = blocks.summarize(images(x), C)
+        return Summary(ranges, sums)
     sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
     share(norms.summarize, images(x), C, sums, ranges)
     return Summary(ranges, sums)

@@ -68,6 +68,7 @@ def rescaled(x: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Ar
     if xp is np and not odd.any():                        # elsewhere asking would cost a sync
         return x, low, high, 0
     e = xp.where(odd, xp.frexp(largest)[1], 0)
+    x = x.array().reshape(1, -1) if isinstance(x, Normalized) else x
     return xp.ldexp(x, -e), xp.ldexp(low, -e), xp.ldexp(high, -e), e
 
 
@@ -111,7 +112,6 @@ def grid(x: Array, low: Array, high: Array, bins: int, exponent: Array | int = 0
     found = _compiled(x, ranges, bins, _NO_EXPONENT if isinstance(exponent, int) else exponent)
     if found:
         return found
-    x = x.array().reshape(1, -1) if isinstance(x, Normalized) else x   # rarely: an unusual range
     x, low, high, e = rescaled(x, low, high)
     scale, inv = reference.grid(low, high, bins)
     e = e + exponent
