@@ -52,14 +52,16 @@ def apply(x, reflection, order, scales):
     x (N, …); mixed row i is row order[i] of x, scales (N,) of mixed rows
     """
     rows, flat = reflection.rows, np.asarray(x).reshape(len(x), -1)
-    source, scales, out, N = order[rows], scales[rows, None], empty(flat.shape, x.dtype), len(x)
+    place, scales, N = np.argsort(order[rows]), scales[rows, None], len(x)
+    out = empty(flat.shape, x.dtype)
 
     def block(columns):
         y = scratch("mixed", (N, columns.stop - columns.start), "float64")
-        np.multiply(flat[:, columns][source], scales, out=y)
+        y[place] = flat[:, columns]
+        y *= scales
         reflection(y)
-        y, ranges = y.astype(x.dtype), np.empty((2, N, 1), x.dtype)
         out[rows, columns] = y
+        ranges = np.empty((2, N, 1), x.dtype)
         ranges[:, rows] = y.min(axis=1, keepdims=True), y.max(axis=1, keepdims=True)
         return ranges
 
@@ -72,11 +74,12 @@ def apply(x, reflection, order, scales):
 def undo(y, reflection, order, scales):
     """diag(scales) · Q · y, rows back in the samples' order: float64, rounded once."""
     rows, flat = reflection.rows, np.asarray(y).reshape(len(y), -1)
-    target, scales, out = order[rows], scales[rows, None], empty(flat.shape, y.dtype)
+    place, target, scales = np.argsort(rows), order[rows], scales[rows, None]
+    out = empty(flat.shape, y.dtype)
 
     def block(columns):
         x = scratch("mixed", (len(y), columns.stop - columns.start), "float64")
-        x[...] = flat[:, columns][rows]
+        x[place] = flat[:, columns]
         reflection(x)
         x *= scales
         out[target, columns] = x
