@@ -17,8 +17,8 @@ HALF = 32768                                              # as noise everywhere 
 _CHUNK = 1 << 14                                          # Philox blocks (of 16 values) in one task
 _LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)    # Salmon 2011, table 2; NumPy's philox.h
-_own = local()                                            # of each thread
 INCREMENTS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_own = local()                                            # of each thread
 
 
 def philox(key, step: int, first: int, count: int, xp=np) -> Array:

@@ -1,9 +1,9 @@
 """Sums over batch and pixels, and batch normalisation both ways, with the ReLU behind it or alone.
 
 Sums are float64, in an order cut by shape, and rounded once: the same for any number of threads.
-Each function shows the plain formula for arrays on a GPU; on a CPU it is compiled, or in blocks.py,
-with the same float operations in the same order (sums in one of their own: a variance far below its
-mean's square may differ in its last digits).
+Each function shows the plain formula for arrays on a GPU and for float64; else, on a CPU, it is
+compiled, or in blocks.py, with the same float operations in the same order (sums in one of their
+own: a variance far below its mean's square may differ in its last digits).
 """
 import numpy as np
 
