@@ -7,6 +7,7 @@ from tiny import batch, normed_conv
 import minifqt
 from minifqt import fusion, quantizers
 from minifqt.kernels import blocks, norm, rounding, seen
+from minifqt.rng import Stream
 
 SHAPES = [(1, 1), (7, 5), (300, 3000), (3, 5, 6, 1), (2, 1, 1, 2500), (5, 7, 3, 3), (40, 4, 4, 130),
           (2, 113, 113, 24)]
@@ -110,6 +111,21 @@ def test_what_is_not_formed_is_rounded_as_if_it_were(shape, spec, on_threads):
     for t in on_threads(lambda: q(norm.Normalized(x, norm.runs(*vectors), floor=0))):
         assert_same_bits([t.codes, t.scale, t.zero],
                          [expected.codes, expected.scale, expected.zero])
+
+
+@pytest.mark.parametrize("kernels", ["auto", "numpy"])
+@pytest.mark.parametrize("shape", [(1, 5, 6, 3), (5, 7, 3, 3), (40, 4, 4, 130)])
+def test_a_stream_with_bits_of_its_own_rounds_what_is_not_formed(shape, kernels, set_instructions):
+    class Own(Stream):
+        def bits(self, shape, xp=np, offset=0):
+            return xp.broadcast_to(xp.asarray(20000, xp.uint16), shape)
+
+    set_instructions(kernels)
+    x, _, vectors = numbers(shape)
+    stream, q = Own(minifqt.Streams(3), "q"), quantizers.create("ptq", 8)
+    y = norm.Normalized(x, norm.runs(*vectors), floor=0)
+    found, expected = q(y, stream), q(np.asarray(y.form()), stream)
+    assert_same_bits([found.codes, found.scale], [expected.codes, expected.scale])
 
 
 def test_a_fused_block_forms_no_activation_in_numpy_either(monkeypatch):

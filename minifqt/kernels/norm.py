@@ -141,12 +141,11 @@ class Normalized(Lazy):
 
     def reader(self):
         """By NumPy alone: function((images, …), out (n, D)) → out, these images' numbers."""
-        x, vectors, floor = self.operands()
-        C = vectors.shape[1]
-        norm = blocks.tiled(vectors, *blocks.cut(C, x))
+        x, C = images(self.x), self.shape[-1]
+        norm = blocks.tiled(self.vectors[:, :C], *blocks.cut(C, x))
 
         def read(at, out):
-            blocks.normalize_block(*blocks.cut(C, x[at[0]]), norm, floor, *blocks.cut(C, out))
+            blocks.normalize_block(*blocks.cut(C, x[at[0]]), norm, self.floor, *blocks.cut(C, out))
             return out
 
         return read

@@ -179,7 +179,7 @@ def _blockwise(x, stream, shape, source, shift, inv, code, lowest, highest, dtyp
     def noise(at):
         if not source:
             return given[at]
-        first = sum(part.start * size for part, size in zip(at, (D, 1), strict=True) if part.start)
+        first = sum(part.start * step for part, step in zip(at, (D, 1), strict=True) if part.start)
         return stream.bits(out[at].shape, offset=first) if source[2] < 0 else source[2]
 
     def block(at):
