@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mutants import parse
 
 import models
 import train
@@ -147,3 +148,13 @@ def test_the_readmes_own_quantizer_works():
         assert 0 < q.variance(x).sum() <= q.bound(x)
     finally:
         quantizers.base._REGISTRY.pop("half", None)
+
+
+def test_each_mutant_still_finds_its_line_and_its_test():
+    lost = []
+    for mutant in parse((ROOT / "tests/mutants.txt").read_text()):
+        path, name = mutant.test.split("::")
+        if ((ROOT / mutant.file).read_text().count(mutant.old) != 1
+                or f"def {name.partition('[')[0]}(" not in (ROOT / path).read_text()):
+            lost.append(mutant)
+    assert lost == []
