@@ -5,7 +5,8 @@ parameters, streams and every other layer stay. What they return is not computed
 it first computes it on the way. A convolution is added to the skip, or summed for the batch norm
 behind it, as its rows are written; batch norm and ReLU are formed by the activation quantizer of
 the next layer; backwards, the same convolution's gradient is unmixed, gated and summed in cache.
-Whoever else reads them gets plain numbers. By NumPy alone products are written, the rest is fused.
+Whoever else reads them gets plain numbers. By NumPy alone products and the mean over pixels are
+written, the rest is fused.
 """
 import numpy as np
 
@@ -29,8 +30,7 @@ class FusedConv2d(Conv2d):
         with rounding.begun():                            # other threads round x meanwhile
             qx, qw = self.q.act(x), self.q.weight(self.weight.data)
         self.save(qx, qw, first)
-        y = conv.fprop(qx, qw, self.stride, self.padding, lazily=True)
-        return y.view(Seen) if in_numpy(y) else y
+        return remembering(conv.fprop(qx, qw, self.stride, self.padding, lazily=True))
 
     def backward(self, dy):
         qx, qw, *first = self.saved()                     # the plain forward saves two
@@ -49,7 +49,7 @@ class FusedConv2d(Conv2d):
 
 
 class InputGradient(Lazy):
-    """dx of a first layer, for which nobody asks in training: dy is not even quantized before."""
+    """dx of a convolution, for which dy is quantized only now: of a first layer nobody asks."""
 
     def __init__(self, layer, dy, shape, qw):
         super().__init__(shape)
@@ -104,7 +104,7 @@ class FusedReLU(ReLU):
 
     def forward(self, x):
         if not isinstance(x, Normalized):
-            return super().forward(x.array() if isinstance(x, Lazy) else x)
+            return remembering(super().forward(x.array() if isinstance(x, Lazy) else x))
         y = x.rectified()
         self.save(y)
         return y
@@ -130,7 +130,7 @@ class Gated(Lazy):
 
 
 class FusedGlobalAvgPool2d(GlobalAvgPool2d):
-    """GlobalAvgPool2d that forms neither what a batch norm before it returns nor its gradient."""
+    """GlobalAvgPool2d that, compiled, forms neither a batch norm's output nor its gradient."""
 
     def forward(self, x):
         if not isinstance(x, Normalized):
@@ -146,6 +146,11 @@ class FusedGlobalAvgPool2d(GlobalAvgPool2d):
 def in_numpy(x):
     """Whether only passes by NumPy alone take it."""
     return is_images(x) and not suits(x)
+
+
+def remembering(y):
+    """y, which by NumPy alone will know what somebody has found in it: the next need not look."""
+    return y.view(Seen) if in_numpy(y) else y
 
 
 FUSED = {Conv2d: FusedConv2d, BatchNorm2d: FusedBatchNorm2d, ReLU: FusedReLU,

@@ -2,7 +2,8 @@
 
 Arrays (N, D) are images of pixels with C channels innermost, vectors (C,) one number a channel. A
 pass sees images as rows of a `run`, whole pixels with the vectors tiled beside them: inner loops
-are then long. Float operations are those of norm.py one by one; sums are float64, block by block.
+are then long, if images are. Float operations are those of norm.py one by one; sums are float64,
+block by block.
 """
 from functools import cache
 
@@ -49,7 +50,7 @@ def over(function, pieces: np.ndarray, size: int = _BLOCK) -> list[tuple]:
 
 
 def summarize(x: np.ndarray, C: int) -> tuple[np.ndarray, np.ndarray]:
-    """Σ x and Σ x² (2, parts, C) float64, and ranges (2, parts, C), of parts of x (N, D)."""
+    """Σ x and Σ x² (2, parts, C) float64 of parts of x (N, D), ranges (2, 1, C) of the whole."""
     x, = cut(C, x)
     return _by_channel(over(lambda part: _summary(x[part]), x, _BLOCK // 2), C)
 
@@ -72,7 +73,7 @@ def _summary(x):
 def _by_channel(found, C):
     s1, s2, low, high = (np.array(some).reshape(len(some), -1, C) for some in found)
     return (np.stack([s1.sum(axis=1), s2.sum(axis=1)]),
-            np.stack([low.min(axis=1), high.max(axis=1)]))
+            np.stack([low.min(axis=(0, 1)), high.max(axis=(0, 1))])[:, None])
 
 
 def normalize_block(x, norm, floor, out):

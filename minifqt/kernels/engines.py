@@ -59,8 +59,9 @@ class Sgemm(Floats):
 
     def over_images(self, v):
         """Σ over fewer than 2¹⁷ images.  (n, …) → (1, …)."""
-        floats = scratch("summed", v.shape)
-        floats[...] = v                                   # BLAS is the fastest to sum
+        floats = v if v.dtype == np.float32 else scratch("summed", v.shape)
+        if floats is not v:                               # BLAS is the fastest to sum
+            floats[...] = v
         return (np.ones(len(v), "float32") @ floats.reshape(len(v), -1)).reshape(1, *v.shape[1:])
 
     def gather(self, a, b):

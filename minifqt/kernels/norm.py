@@ -60,7 +60,7 @@ def runs(*vectors: np.ndarray) -> np.ndarray:
 
 
 def run_length(C: int) -> int:
-    """Numbers of a run of vectors of C channels, so long that a pass has long inner loops."""
+    """Numbers of a run of vectors of C channels: so many that a compiled pass has long loops."""
     return max(1, norms.RUN // C) * C if choice.numba is not None else C
 
 
@@ -202,6 +202,7 @@ class Normalized(Lazy):
 class NormGradient(Lazy):
     """dx of a batch norm, not computed yet: a residual's gradient is added in the same pass.
 
+    compiled  whether compiled passes take the operands: x, vectors, floor, slopes
     g, again  dy where it counts, whose memory dx takes: what is written is then read anyway; and
               what computes it once more (and its sums)
     """
@@ -218,9 +219,9 @@ class NormGradient(Lazy):
         """dx + other."""
         g, self.g = self.g, None                          # the first time only
         dx = (self.again()[0] if g is None else g).view(Seen)
-        ranges, other = (np.empty((2, len(self), 1), np.float32),
-                         images(other) if other.size else other)
+        other = images(other) if other.size else other
         if self.compiled:
+            ranges = np.empty((2, len(self), 1), np.float32)
             share(norms.gradient, images(dx), *self.operands, other, ranges)
         else:
             ranges = blocks.gradient(images(dx), *self.operands, other)

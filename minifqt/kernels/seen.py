@@ -20,14 +20,14 @@ if choice.numba is not None:
 
 
 class Summary(NamedTuple):
-    """Of an array (N, …, C): what each of its parts holds, images or a few of them."""
+    """What an array (N, …, C) holds: lowest and highest of each image or of all, Σx and Σx²."""
 
-    ranges: np.ndarray                                    # (2, parts, C) lowest and highest
-    sums: np.ndarray | None                               # (2, parts, C) float64 Σx and Σx²
+    ranges: np.ndarray                                    # (2, N or 1, C or one number or more)
+    sums: np.ndarray | None                               # (2, parts, C) float64, of any parts
 
 
 class Seen(np.ndarray):
-    """A float32 array of a compiled kernel, with its summary if that was found on the way.
+    """A float32 array that a kernel wrote, with its summary if that was found on the way.
 
     What may be written to has no summary any more: also what a view was taken of (np.asarray is
     for those who only read).
@@ -172,7 +172,7 @@ def blank(shape: tuple) -> Seen:
 
 
 def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x + y; compiled, it is summarized too."""
+    """x + y; of images it is summarized too."""
     x = np.asarray(x)
     alike = isinstance(y, np.ndarray) and x.shape == y.shape and x.dtype == y.dtype == np.float32
     if not alike or x.ndim == 0:
@@ -191,14 +191,17 @@ def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def summary(x: np.ndarray) -> Summary:
-    """x's summary, read from x if it does not know it already."""
+    """x's summary, read from x if it does not know it already; then it does."""
     known = getattr(x, "summary", None)
     if known is not None and known.sums is not None:
         return known
     C = x.shape[-1]
     if not suits(x):
         sums, ranges = blocks.summarize(images(x), C)
-        return Summary(ranges, sums)
-    sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
-    share(norms.summarize, images(x), C, sums, ranges)
-    return Summary(ranges, sums)
+    else:
+        sums, ranges = np.empty((2, len(x), C)), np.empty((2, len(x), C), np.float32)
+        share(norms.summarize, images(x), C, sums, ranges)
+    found = Summary(ranges, sums)
+    if isinstance(x, Seen) and known is None:             # else it knows more of its ranges
+        x.summary = found
+    return found
