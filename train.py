@@ -1,4 +1,4 @@
-"""Train a network with every GEMM on integers: `python train.py`. Flags → recipe, model, data."""
+"""Train a network, every GEMM of it on integers: `python train.py`. Flags → recipe, model, data."""
 import argparse
 import math
 import platform
@@ -20,7 +20,7 @@ from minifqt.recipes import recipe as recipe_of
 from minifqt.run import Run
 from minifqt.training import DivergedError
 
-PRESETS = {                                               # CIFAR: the paper's setting
+PRESETS = {                                               # epochs and batch as the paper's
     "digits": {"model": "resnet8", "epochs": 30, "batch_size": 64, "padding": 1, "flip": False},
     "cifar10": {"model": "resnet56", "epochs": 200, "batch_size": 128, "padding": 4, "flip": True},
     "cifar100": {"model": "resnet56", "epochs": 200, "batch_size": 128, "padding": 4, "flip": True},
@@ -35,7 +35,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names a default only where there is one."""
 
     def _get_help_string(self, action):
-        named = action.default not in (None, False)       # 0 is a default as well
+        named = action.default is not None and action.default is not False    # 0 is a default
         return super()._get_help_string(action) if named else action.help
 
 

@@ -25,31 +25,31 @@ class FusedConv2d(Conv2d):
     def forward(self, x):
         if self.has_bias:
             return super().forward(x)
-        first = suits(x) and not isinstance(x, Seen)      # given from outside: images, perhaps
+        outside = suits(x) and not isinstance(x, Seen)    # given from there: images, perhaps
         x = as_input(self, x, "(N, H, W, C)", self.in_channels)
         with rounding.begun():                            # other threads round x meanwhile
             qx, qw = self.q.act(x), self.q.weight(self.weight.data)
-        self.save(qx, qw, first)
+        self.save(qx, qw, outside)
         return remembering(conv.fprop(qx, qw, self.stride, self.padding, lazily=True))
 
     def backward(self, dy):
-        qx, qw, *first = self.saved()                     # the plain forward saves two
+        qx, qw, *outside = self.saved()                   # the plain forward saves two
         dy = dy.array() if isinstance(dy, Lazy) else dy
-        unread = any(first) or in_numpy(dy)
+        later = any(outside) or in_numpy(dy)
         with rounding.one_read(dy):
             gw = self.q.grad_w(dy)
-            gx = None if unread else self.q.grad_x(dy)
+            gx = None if later else self.q.grad_x(dy)
         self.weight.grad = conv.wgrad(gw, qx, self.kernel_size, self.stride, self.padding,
                                       lazily=True)
         if self.has_bias:
             self.bias.grad = norm.channel_sum(dy).astype(dy.dtype)
-        if unread:
+        if later:
             return InputGradient(self, dy, qx.shape, qw)
         return conv.dgrad(gx, qw, qx.shape[1:3], self.stride, self.padding, lazily=True)
 
 
 class InputGradient(Lazy):
-    """dx of a convolution, for which dy is quantized only now: of a first layer nobody asks."""
+    """dx of a convolution whose dy is quantized when it is read: a first layer's, never."""
 
     def __init__(self, layer, dy, shape, qw):
         super().__init__(shape)

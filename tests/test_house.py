@@ -114,6 +114,14 @@ def test_every_flag_is_explained_in_the_help():
         assert action.help, action.dest
 
 
+def test_the_help_names_every_default_and_0_is_one():
+    text = " ".join(train.parser().format_help().split())
+    for flag in ("rises (default: 0)", "(default: 0.1)", "rounding (default: 0)", "(default: 0.0)"):
+        assert flag in text
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+
+
 def test_dependencies_are_the_ones_that_are_used():
     listed = (ROOT / "requirements.txt").read_text().split()
     wanted = {re.split(r"[>=<]", line)[0] for line in listed}

@@ -175,20 +175,9 @@ class Normalized(Lazy):
 
     def backward(self, dy) -> tuple[Lazy, np.ndarray, np.ndarray]:
         """dx, dweight, dbias as above; dy counts where this is above its floor."""
-        (x, vectors, floor), compiled = self.operands(), self.compiled
+        (x, vectors, _), compiled = self.operands(), self.compiled
         C, count = self.shape[-1], self.size // self.shape[-1]
-
-        def gated():
-            if isinstance(dy, Lazy):
-                return dy.gated(x, vectors, floor)
-            g = blank(self.shape)
-            if not compiled:
-                return g, blocks.gradient_sums(images(dy), x, vectors, floor, images(g))
-            sums = np.empty((2, len(dy), C))
-            share(norms.gradient_sums, images(dy), x, vectors, floor, C, images(g), sums)
-            return g, sums
-
-        g, sums = gated()
+        g, sums = self.gated(dy)
         dbias, dweight = totals = np.empty((2, C), np.float32)
         slopes = np.empty((3, vectors.shape[1]), np.float32)
         if compiled:
@@ -196,20 +185,32 @@ class Normalized(Lazy):
         else:
             totals[:] = exact = sums.sum(axis=1)
             slopes[:2], slopes[2] = exact / count, vectors[2] * vectors[1]
-        return NormGradient(compiled, g, gated, x, vectors, slopes), dweight, dbias
+        dx = NormGradient(compiled, g, lambda: self.gated(dy)[0], x, vectors, slopes)
+        return dx, dweight, dbias
+
+    def gated(self, dy) -> tuple[Seen, np.ndarray]:
+        """g = dy where this is above its floor, else 0; Σ g and Σ g · x̂, (2, parts, C) float64."""
+        if isinstance(dy, Lazy):
+            return dy.gated(*self.operands())
+        g = blank(self.shape)
+        if not self.compiled:
+            return g, blocks.gradient_sums(images(dy), *self.operands(), images(g))
+        sums = np.empty((2, len(dy), self.shape[-1]))
+        share(norms.gradient_sums, images(dy), *self.operands(), self.shape[-1], images(g), sums)
+        return g, sums
 
 
 class NormGradient(Lazy):
     """dx of a batch norm, not computed yet: a residual's gradient is added in the same pass.
 
-    compiled  whether compiled passes take the operands: x, vectors, floor, slopes
-    g, again  dy where it counts, whose memory dx takes: what is written is then read anyway; and
-              what computes it once more (and its sums)
+    compiled   whether compiled passes take the operands: x, vectors, slopes
+    g          dy where it counts; the first dx takes its memory, which is in cache by then
+    recompute  function() → g again, where dx is wanted a second time
     """
 
-    def __init__(self, compiled, g, again, *operands):
+    def __init__(self, compiled, g, recompute, *operands):
         super().__init__(g.shape)
-        self.compiled, self.g, self.again, self.operands = compiled, g, again, operands
+        self.compiled, self.g, self.recompute, self.operands = compiled, g, recompute, operands
 
     def form(self):
         """dx.  (N, …, C)."""
@@ -218,7 +219,7 @@ class NormGradient(Lazy):
     def plus(self, other):
         """dx + other."""
         g, self.g = self.g, None                          # the first time only
-        dx = (self.again()[0] if g is None else g).view(Seen)
+        dx = (self.recompute() if g is None else g).view(Seen)
         other = images(other) if other.size else other
         if self.compiled:
             ranges = np.empty((2, len(self), 1), np.float32)

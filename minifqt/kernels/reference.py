@@ -185,10 +185,10 @@ def integer_zero(low, high, bins):
 
 
 def anchored_fixed(x, shift, inv, code, lowest, highest):
-    """x − shift in 1/65536 of a step, from the integer `code` on.  int32.
+    """(x − shift) / scale + code in 1/65536 of a step, clipped to lowest .. highest.  int32.
 
-    Limited to the codes before the noise is added: with shift 0 and an integer zero code the number
-    0 is exact, and no code wraps.
+    For integer zeros and weights, where `psq` above has a real zero. Clipped before the noise is
+    added: with shift 0 and an integer code of zero the number 0 is exact, and no code wraps.
     """
     xp = array_module(x)
     fixed = xp.rint((x - shift) * inv) + UNIT * code
@@ -197,7 +197,7 @@ def anchored_fixed(x, shift, inv, code, lowest, highest):
 
 def anchored_codes(fixed, h):
     """The one rounding again: fixed + noise, cut to whole steps.  int32."""
-    return fixed + h >> 16
+    return (fixed + h) >> 16
 
 
 # ---- block Householder ---------------------------------------------------------------------------

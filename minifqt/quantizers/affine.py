@@ -78,7 +78,7 @@ class Grid:
 
     rows: Array                                           # (N, D)
     ranges: Array                                         # (2, N, 1) lowest and highest
-    maps: Array                                           # low, inv and 0, (N, 1) each
+    maps: Array                                           # low, inv, first code 0; (N, 1) each
     scale: Array                                          # (N, 1)
     zero: Array                                           # (N, 1)
 
@@ -120,9 +120,9 @@ def grid(x: Array, low: Array, high: Array, bins: int, exponent: Array | int = 0
 
 
 def _compiled(x, parts, bins, exponent=_NO_EXPONENT):
-    """The same from the ranges of rows' parts (2, N, parts), if they suit and all are usual."""
+    """`grid` from ranges of rows' parts (2, N, parts), where they suit and none is `rescaled`."""
     if suits(parts[0]):
-        found = np.empty((7, parts.shape[1], 1), np.float32)
+        found = np.empty((7, parts.shape[1], 1), np.float32)    # ranges, maps, scale, zero
         if scales.grid(parts, bins, exponent, found):
             return Grid(x, found[:2], found[2:5], found[5], found[6])
     return None

@@ -148,7 +148,7 @@ def inverse_cube_root(x: Array) -> Array:
 
 
 def compiled_reflections(parts: np.ndarray) -> tuple:
-    """The same from minima and maxima of parts of the rows, (2, N, parts) float32, in one call.
+    """`reflections` from minima and maxima of parts of rows, (2, N, parts) float32, in one call.
 
     And how many groups there are and rows of the largest: 0, 0 where a range is not finite.
     """

@@ -17,9 +17,9 @@ class PSQ(Quantizer):
     per_sample = True
 
     def __call__(self, x: Array, stream: Stream) -> QTensor:
-        g = fitted(x, len(x), self.bins, stream)
-        codes, rows = g.codes(stream, x.shape, self.bins), (len(x),) + (1,) * (x.ndim - 1)
-        return QTensor(codes, g.scale.reshape(rows), g.zero.reshape(rows), name=stream.name)
+        grid, rows = fitted(x, len(x), self.bins, stream), (len(x),) + (1,) * (x.ndim - 1)
+        codes = grid.codes(stream, x.shape, self.bins)
+        return QTensor(codes, grid.scale.reshape(rows), grid.zero.reshape(rows), name=stream.name)
 
     def variance(self, x: Array) -> Array:
         """scale_i² · p(1 − p).  float64, shape of x."""

@@ -144,7 +144,7 @@ class Symmetric(Anchored):
         return self._at_once(x, stream) or super().with_range(x, stream)
 
     def _at_once(self, x, stream):
-        """The same in one compiled call, where x is small and usual, as weights are."""
+        """`with_range` in one compiled call, where x is small and usual, as weights are."""
         source = stream.source()
         if not source or not suits(x) or x.size > SMALL:
             return None
