@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
     add("--kernels", choices=("auto", "plain", *choice.ISAS, "numpy"), default="auto",
         help="on a CPU; auto: the fastest, fused; plain: layer by layer. They change no "
-             "integer; numpy rounds the float products of fp32 and qat8 otherwise")
+             "integer sum; numpy adds the floats of fp32, qat8 and batch norm in another order")
     return flags
 
 

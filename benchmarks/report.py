@@ -1,6 +1,7 @@
 """What accuracy.py found: the table of its results, and the curves of its runs. Not a script."""
 import re
 import statistics
+from collections import defaultdict
 
 from variance import QUANTIZERS, save_picture
 
@@ -56,7 +57,14 @@ def title(bits):
 
 
 def seeds_of(runs):
-    return ", ".join(map(str, sorted({run["seed"] for run in runs})))
+    """"0, 1 (fp32: 0, 1, 2; psq4: 0)": what most recipes have, then those that have others."""
+    seeds = defaultdict(list)
+    for run in runs:
+        seeds[run["recipe"]].append(run["seed"])
+    listed = {recipe: ", ".join(map(str, sorted(some))) for recipe, some in seeds.items()}
+    usual = statistics.mode(listed.values())
+    others = [f"{recipe}: {some}" for recipe, some in listed.items() if some != usual]
+    return usual + f" ({'; '.join(others)})" * (len(others) > 0)
 
 
 def cell(runs):

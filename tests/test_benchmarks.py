@@ -255,6 +255,7 @@ def test_a_diverged_run_stands_in_the_table_as_diverged(tmp_path):
     table = table_of(tmp_path, lines)
     assert "| ptq |  | diverged |" in table
     assert "| bhq |  | 1 of 2 diverged, else 50.00 |" in table
+    assert "over the seeds 0 (bhq2: 0, 1); 3 runs" in table
 
 
 def test_automatic_runs_stand_in_a_column_of_their_own_with_their_bits(tmp_path):
